@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A paper's claim as plain data, and the verdict on it from records of runs; imports neither torch nor Lightning.
+
+Example:
+    >>> claim = Claim(
+    ...     statement="PS-KD lowers the negative log-likelihood.",
+    ...     settings=(Setting("clean", {}, (Variant("baseline"), Variant("PSKD", add=("PSKD(alpha=0.8)",)))),),
+    ...     seeds=8,
+    ...     expectations=(Expectation("clean", "PSKD", "baseline", "test/nll", "lower", wins=7),),
+    ... )
+    >>> judge(claim, []).outcome
+    'inconclusive'
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from fulgurite.errors import nearest
+from fulgurite.records import RunRecord
+from fulgurite.statistics import Direction, PairedDifference, paired_difference, paired_values
+
+Outcome = Literal["reproduced", "not reproduced", "inconclusive"]
+Status = Literal["held", "refuted", "undecided"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the configurations that a setting compares.
+
+    Args:
+        name: The name in tables; the reference is usually called `"baseline"`.
+        add: Components to add to the trainer, as text: `("PSKD(alpha=0.8)",)`.
+        overrides: Dotted LightningCLI keys and their values: `{"model.label_smoothing": 0.1}`.
+
+    Raises:
+        ValueError: If `name` is empty or `add` is a bare string.
+    """
+
+    name: str
+    add: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "name", "Variant", "a name", self.name)
+        _check(not isinstance(self.add, str), "add", "Variant", "a tuple of texts", self.add)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data and model on which variants are compared.
+
+    Args:
+        name: The name in tables and records.
+        config: Nested LightningCLI configuration: `model`, `data`, `trainer`, `optimizer`, `lr_scheduler`.
+        variants: What is compared, the reference included.
+        summary: One line for the reader.
+
+    Raises:
+        ValueError: If `name` is empty, or `variants` are none or do not have distinct names.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "name", "Setting", "a name", self.name)
+        names = [variant.name for variant in self.variants]
+        _check(bool(names) and len(set(names)) == len(names), "variants", "Setting", "distinct names", names)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One comparison that the claim stands on.
+
+    Args:
+        setting: Name of the setting.
+        variant: Name of the variant that should be better.
+        reference: Name of the variant that it is compared with.
+        metric: Logged name of the final metric: `"test/nll"`.
+        direction: Whether `variant` should be lower or higher.
+        wins: Seeds, out of the claim's, in which it must be so; None asks for no count.
+        description: The expectation in words.
+
+    Raises:
+        ValueError: If `direction` is neither, or a variant is compared with itself.
+    """
+
+    setting: str
+    variant: str
+    reference: str
+    metric: str
+    direction: Direction
+    wins: int | None = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self.direction in get_args(Direction), "direction", "Expectation", "'lower' or 'higher'", self.direction)
+        _check(self.variant != self.reference, "reference", "Expectation", "another variant", self.reference)
+
+    def __str__(self) -> str:
+        text = f"{self.setting}: {self.metric} of {self.variant} {self.direction} than of {self.reference}"
+        return text if self.wins is None else f"{text}, in at least {self.wins} seeds"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper claims, at a scale that can be run here.
+
+    Args:
+        statement: The claim in a sentence.
+        settings: Where it is tested.
+        seeds: Number of seeds of every variant, at least 2.
+        expectations: What must hold for the claim to be reproduced, at least one.
+        refuted_when: What would refute it, in words.
+        findings: Honest side findings, in words.
+        measures: Metrics of the table, by logged name; empty leaves the choice to the report.
+
+    Raises:
+        ValueError: If an expectation names what the settings do not have, or asks for more wins than there are seeds.
+    """
+
+    statement: str
+    settings: tuple[Setting, ...]
+    seeds: int
+    expectations: tuple[Expectation, ...]
+    refuted_when: str | None = None
+    findings: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.seeds >= 2, "seeds", "Claim", "at least 2", self.seeds)
+        _check(bool(self.expectations), "expectations", "Claim", "at least one", self.expectations)
+        for name in ("findings", "measures"):
+            _check(not isinstance(getattr(self, name), str), name, "Claim", "a tuple of texts", getattr(self, name))
+        variants = {setting.name: [variant.name for variant in setting.variants] for setting in self.settings}
+        _check(len(variants) == len(self.settings), "settings", "Claim", "distinct names", [*variants])
+        for expected in self.expectations:
+            _check_known("setting", expected.setting, variants)
+            _check_known("variant", expected.variant, variants[expected.setting])
+            _check_known("reference", expected.reference, variants[expected.setting])
+            allowed = expected.wins is None or 1 <= expected.wins <= self.seeds
+            _check(allowed, "wins", "Expectation", f"between 1 and the {self.seeds} seeds of the claim", expected.wins)
+
+
+@dataclass(frozen=True)
+class ExpectationResult:
+    """How one expectation fared.
+
+    Args:
+        expectation: The expectation.
+        status: `"held"`, `"refuted"` or `"undecided"`.
+        difference: Variant minus reference over the seeds that both have; None if there are none.
+        reason: Why, in words.
+    """
+
+    expectation: Expectation
+    status: Status
+    difference: PairedDifference | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a claim.
+
+    Args:
+        outcome: `"reproduced"`, `"not reproduced"` or `"inconclusive"`.
+        results: One per expectation, in the order of the claim.
+        reason: Why, in words.
+    """
+
+    outcome: Outcome
+    results: tuple[ExpectationResult, ...]
+    reason: str
+
+
+def judge(claim: Claim, records: Iterable[RunRecord]) -> Verdict:
+    """Compare the records with the claim.
+
+    An expectation *holds* if the mean paired difference has the claimed sign, its 95 % interval excludes zero, and the
+    required wins are there. It is *refuted* if the mean difference does not have the claimed sign (an interval that
+    excludes zero on the wrong side is a case of it). Else it is *undecided*; so it is with fewer than two pairs, with
+    fewer pairs than required wins, and with values that are not finite. More seeds than the claim has ask for the same
+    share of wins.
+
+    The claim is reproduced if all expectations hold on all of its seeds, not reproduced if any is refuted, else
+    inconclusive.
+    """
+    records = list(records)
+    results = tuple(_judge_one(expected, claim.seeds, records) for expected in claim.expectations)
+    total = len(results)
+    refuted = sum(result.status == "refuted" for result in results)
+    if refuted:
+        return Verdict("not reproduced", results, f"{refuted} of {total} expectations {_is(refuted)} refuted.")
+    held = sum(result.status == "held" for result in results)
+    if held < total:
+        return Verdict(
+            "inconclusive", results, f"{total - held} of {total} expectations {_is(total - held)} undecided."
+        )
+    pairs = min(result.difference.n if result.difference else 0 for result in results)
+    if pairs < claim.seeds:
+        reason = f"All expectations hold, but only on {pairs} of {claim.seeds} seeds: runs are missing or failed."
+        return Verdict("inconclusive", results, reason)
+    return Verdict("reproduced", results, f"{'All' if total > 1 else 'The'} {_count(total)} hold{'s' * (total == 1)}.")
+
+
+def _judge_one(expected: Expectation, seeds: int, records: Sequence[RunRecord]) -> ExpectationResult:
+    pairs = paired_values(records, expected.setting, expected.variant, expected.reference, expected.metric)
+    if not pairs:
+        reason = f"No seed has {expected.metric} of both {expected.variant} and {expected.reference}."
+        return ExpectationResult(expected, "undecided", None, reason)
+    ours, theirs = zip(*pairs.values(), strict=True)
+    difference = paired_difference(ours, theirs, better=expected.direction)
+    status, reason = _decide(difference, expected, seeds)
+    unfinished = [seed for seed, values in pairs.items() if not all(map(math.isfinite, values))]
+    if unfinished:
+        status, reason = "undecided", f"Not finite for seed {', '.join(map(str, unfinished))}."
+    return ExpectationResult(expected, status, difference, reason)
+
+
+def _decide(difference: PairedDifference, expected: Expectation, seeds: int) -> tuple[Status, str]:
+    required = expected.wins or 0
+    won = f"{expected.direction} in {difference.wins} of {difference.n} seeds"
+    if difference.n < max(2, required):
+        return "undecided", f"Only {difference.n} of {seeds} seeds; at least {max(2, required)} are needed."
+    required = math.ceil(required * max(difference.n, seeds) / seeds)
+    on_claimed_side = difference.mean < 0 if expected.direction == "lower" else difference.mean > 0
+    if not on_claimed_side:
+        return "refuted", f"The mean is not {expected.direction} ({won})."
+    if not difference.excludes_zero:
+        return "undecided", f"The interval contains zero ({won})."
+    if difference.wins < required:
+        return "undecided", f"{won.capitalize()}; {required} are required."
+    return "held", f"{won.capitalize()}."
+
+
+def _is(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _count(number: int) -> str:
+    return "expectation" if number == 1 else f"{number} expectations"
+
+
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        hint = nearest(name, known)
+        raise ValueError(f"Expected `{what}` of Expectation to be one of {', '.join(known)}, but got {name!r}.{hint}")
+
+
+def _check(condition: bool, field_name: str, owner: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ValueError(f"Expected `{field_name}` of {owner} to be {expected}, but got {found!r}.")

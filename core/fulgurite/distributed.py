@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Communication between ranks. Nothing else in Fulgurite calls `torch.distributed`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def is_distributed() -> bool:
+    """Return whether there is more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks; `(0, 1)` without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def gather_rows(rows: Tensor, capacity: int) -> list[Tensor]:
+    """Return the rows of every rank, in the order of ranks; ranks may have different numbers of rows.
+
+    The number of rows travels in the same buffer as the rows, so that this is one collective whenever no rank has more
+    than `capacity` rows; otherwise all ranks agree, from the same headers, on as many more as are needed.
+
+    Args:
+        rows: `[n, *]`, equal but for `n` on all ranks, of any dtype.
+        capacity: Rows that one collective carries per rank; equal on all ranks, at least 1.
+    """
+    if not is_distributed():
+        return [rows]
+    size = dist.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    flat = rows.contiguous().view(rows.shape[0], -1).view(torch.uint8).to(device)
+    width = flat.shape[1]
+    header = torch.tensor([rows.shape[0]], dtype=torch.int64).view(torch.uint8).to(device)
+    parts: list[list[Tensor]] = [[] for _ in range(size)]
+    counts: list[int] = []
+    start = 0
+    while start == 0 or start < max(counts):
+        buffer = torch.zeros(8 + capacity * width, dtype=torch.uint8, device=device)
+        buffer[:8] = header
+        chunk = flat[start : start + capacity]
+        buffer[8 : 8 + chunk.numel()] = chunk.reshape(-1)
+        received = [torch.empty_like(buffer) for _ in range(size)]
+        dist.all_gather(received, buffer)
+        counts = [int(r[:8].clone().view(torch.int64).item()) for r in received]
+        for part, r, count in zip(parts, received, counts, strict=True):
+            n = max(0, min(capacity, count - start))
+            part.append(r[8 : 8 + n * width].view(n, width))
+        start += capacity
+    return [
+        torch.cat(part).reshape(-1).clone().view(rows.dtype).view(-1, *rows.shape[1:]).to(rows.device) for part in parts
+    ]
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of rank 0, in place."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the value of every rank (small picklable things), in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

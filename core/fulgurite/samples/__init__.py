@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which examples are in the batch, and what is remembered or decided about each."""
+
+from fulgurite.samples.memory import SampleMemory
+from fulgurite.samples.subset import TrainingSubset
+from fulgurite.samples.tracker import SampleTracker
+
+__all__ = ["SampleMemory", "SampleTracker", "TrainingSubset"]

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One value per training example, written as the example is met and shared between ranks once per epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fulgurite import distributed
+from fulgurite.errors import FulguriteError, RefusedError
+
+Storage = Literal["auto", "device", "cpu", "memmap"]
+
+
+class SampleMemory:
+    """A row per training example, `[N, *shape]`, and which rows have been written.
+
+    A row that is not finite is not stored (the old one stays); `rejected` counts them, on the device. On several ranks each
+    rank writes into its own copy at once and reads what it wrote itself and what it got in the last `exchange`; there is
+    no second copy of the rows.
+
+    Args:
+        size: Number of examples `N` of the training set.
+        shape: Shape of one row.
+        dtype: Precision of the rows.
+        device: Device on which rows are read and written.
+        storage: Where the rows lie: on the `device`; in `cpu` memory (pinned for a CUDA device); in a `memmap` file of this
+            process; or `auto`: on the device up to a tenth of its free memory, else on the CPU.
+        name: Who remembers, for messages and file names.
+
+    Raises:
+        RefusedError: If the rows do not fit, with the number of bytes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        shape: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        storage: Storage = "auto",
+        name: str = "SampleMemory",
+    ) -> None:
+        if storage not in get_args(Storage):
+            raise ValueError(f"Expected `storage` of {name} to be one of {get_args(Storage)}, but got {storage!r}.")
+        self.device = torch.device(device)
+        self.name = name
+        self.storage = _choose_storage(storage, size, shape, dtype, self.device, name)
+        self.values = self._allocate(size, shape, dtype)
+        self.seen = torch.zeros(size, dtype=torch.bool, device=self.device)
+        self.rejected = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._pending: list[Tensor] = []
+        self._deferred: tuple[Tensor, Tensor, Any] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return tuple(self.values.shape[1:])
+
+    def read(self, indices: Tensor, indices_on_device: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the rows `[B, *shape]` of examples and whether each has been written `[B]`, on the device.
+
+        Args:
+            indices: `[B]` on the CPU.
+            indices_on_device: The same on the device, if the caller has it already.
+        """
+        on_device = indices.to(self.device) if indices_on_device is None else indices_on_device
+        if self.values.device == self.device:
+            return self.values[on_device], self.seen[on_device]
+        self._flush()
+        staged = torch.empty((len(indices), *self.shape), dtype=self.values.dtype, pin_memory=True)
+        torch.index_select(self.values, 0, indices, out=staged)
+        return staged.to(self.device, non_blocking=True), self.seen[on_device]
+
+    def write(self, indices: Tensor, rows: Tensor, indices_on_device: Tensor | None = None) -> None:
+        """Store finite rows `[B, *shape]`; no synchronisation with the device.
+
+        Args:
+            indices: `[B]` on the CPU.
+            rows: The rows, on the device.
+            indices_on_device: The same indices on the device, if the caller has them already.
+
+        Raises:
+            FulguriteError: If the rows do not have the shape that the memory was made for.
+        """
+        if tuple(rows.shape) != (len(indices), *self.shape):
+            raise FulguriteError(
+                f"Expected {self.name} to get rows of shape {[len(indices), *self.shape]}, but got {list(rows.shape)}. "
+                f"The number of classes must not change during training, and nothing may drop or mix the examples of a "
+                f"batch between the DataLoader and the criterion."
+            )
+        on_device = indices.to(self.device) if indices_on_device is None else indices_on_device
+        rows = rows.detach().to(self.values.dtype)
+        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
+        self.rejected += (~finite).sum()
+        self.seen[on_device] |= finite
+        if distributed.is_distributed():
+            self._pending.append(indices)
+        keep = finite.view(-1, *[1] * (rows.ndim - 1))
+        if self.values.device == self.device:
+            self.values[on_device] = torch.where(keep, rows, self.values[on_device])
+            return
+        self._flush()
+        staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        staged.copy_(torch.where(keep, rows, torch.nan), non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self._deferred = (indices, staged, done)
+
+    def exchange(self) -> None:
+        """Give every rank the rows that the others wrote since the last exchange: one collective, on all ranks.
+
+        Where a sampler's padding made several ranks write one example, the row of the lowest global position wins.
+        """
+        self._flush()
+        rank, world = distributed.world()
+        if world == 1:
+            return
+        index, position = self._own_pending(rank, world)
+        gathered = distributed.gather_rows(self._pack(index, position), capacity=-(-self.size // world))
+        self._apply(gathered)
+        self._pending.clear()
+
+    def state_dict(self, directory: Path | None = None) -> dict[str, Any]:
+        """Return the state; on several ranks all of them must call this, and rank 0's is the one to save.
+
+        It holds the rows as of the last exchange and what every rank has written since, so that a resumed run reads what
+        an uninterrupted one reads.
+
+        Args:
+            directory: Where to put the rows of a memory-mapped memory, as a side file that the state names and of which it
+                holds the hash. Without it the rows go into the state.
+        """
+        self._flush()
+        rank, world = distributed.world()
+        values, seen = self.values, self.seen.cpu()
+        pending: list[Tensor] = []
+        if world > 1:
+            index, position = self._own_pending(rank, world)
+            pending = distributed.gather_rows(self._pack(index, position), capacity=-(-self.size // world))
+            values, seen = self._before_exchange(rank, pending)
+        state: dict[str, Any] = {
+            "version": 1,
+            "seen": seen.clone(),
+            "rejected": int(self.rejected),
+            "pending": [p.cpu() for p in pending],
+        }
+        if self.storage == "memmap" and directory is not None:
+            if rank == 0:
+                state |= _write_side_file(directory, self.name, values)
+        else:
+            state["values"] = values.detach().cpu().clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], directory: Path | None = None) -> None:
+        """Restore what `state_dict` returned, also on another number of ranks.
+
+        Raises:
+            FulguriteError: If the sizes differ, or a side file is missing or is not the one that was written.
+        """
+        saved = state["values"] if "values" in state else _read_side_file(directory, self.name, state)
+        if saved.shape[0] != self.size:
+            raise FulguriteError(
+                f"The training set has {self.size} examples, but {self.name}'s checkpoint remembers {saved.shape[0]}. "
+                f"Resume with the dataset that the checkpoint was made with, or train without the checkpoint."
+            )
+        if tuple(saved.shape[1:]) != self.shape:
+            raise FulguriteError(
+                f"{self.name} keeps rows of shape {list(self.shape)}, but its checkpoint has {list(saved.shape[1:])}: "
+                f"the number of classes changed. Resume with the model that the checkpoint was made with."
+            )
+        rank, world = distributed.world()
+        self.values.copy_(saved)
+        self.seen.copy_(state["seen"])
+        self.rejected.fill_(state["rejected"])
+        self._pending.clear()
+        pending = state["pending"]
+        if len(pending) == world and world > 1:
+            index, _, rows, finite = self._unpack(pending[rank])
+            self._store(index, rows, finite)
+            self._pending = [index]
+        elif pending:
+            self._apply(pending)
+
+    def _allocate(self, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.storage == "memmap":
+            handle, path = tempfile.mkstemp(prefix=f"fulgurite-{self.name}-".lower(), suffix=".memory")
+            os.close(handle)
+            weakref.finalize(self, Path(path).unlink, missing_ok=True)
+            count = size * math.prod(shape)
+            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(size, *shape)
+        device = torch.device("cpu") if self.storage == "cpu" else self.device
+        pin = device.type == "cpu" and self.device.type == "cuda"
+        return torch.zeros((size, *shape), dtype=dtype, device=device, pin_memory=pin)
+
+    def _flush(self) -> None:
+        """Finish a copy from the device to the CPU that was started in the last write."""
+        if self._deferred is None:
+            return
+        indices, rows, done = self._deferred
+        done.synchronize()
+        finite = rows.isfinite().flatten(1).all(1)
+        self.values[indices[finite]] = rows[finite]
+        self._deferred = None
+
+    def _own_pending(self, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        """Examples written since the last exchange, each once, and the global position of their last writing."""
+        drawn = torch.cat(self._pending) if self._pending else torch.empty(0, dtype=torch.int64)
+        order = torch.arange(len(drawn))
+        index, inverse = drawn.unique(return_inverse=True)
+        last = torch.zeros(len(index), dtype=torch.int64).scatter_reduce_(0, inverse, order, "amax")
+        return index, last * world + rank
+
+    def _pack(self, index: Tensor, position: Tensor) -> Tensor:
+        """Index, position, whether the row was ever finite, and the row: bytes `[n, width]`."""
+        rows = self.values[index.to(self.values.device)].cpu()
+        seen = self.seen[index.to(self.device)].cpu().to(torch.uint8)
+        parts = [
+            index.view(-1, 1).view(torch.uint8),
+            position.view(-1, 1).view(torch.uint8),
+            seen.view(-1, 1),
+            rows.reshape(len(index), math.prod(self.shape)).view(torch.uint8),
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        packed = packed.cpu()
+        index = packed[:, :8].contiguous().view(torch.int64).view(-1)
+        position = packed[:, 8:16].contiguous().view(torch.int64).view(-1)
+        rows = packed[:, 17:].contiguous().view(self.values.dtype).view(-1, *self.shape)
+        return index, position, rows, packed[:, 16].bool()
+
+    def _apply(self, gathered: list[Tensor]) -> None:
+        index, position, rows, finite = (
+            torch.cat(parts) for parts in zip(*(self._unpack(g) for g in gathered), strict=True)
+        )
+        first = torch.full((self.size,), torch.iinfo(torch.int64).max).scatter_reduce_(0, index, position, "amin")
+        winner = position == first[index]
+        self._store(index[winner], rows[winner], finite[winner])
+
+    def _store(self, index: Tensor, rows: Tensor, finite: Tensor) -> None:
+        index, rows = index[finite], rows[finite]
+        self.values[index.to(self.values.device)] = rows.to(self.values.device)
+        self.seen[index.to(self.device)] = True
+
+    def _before_exchange(self, rank: int, pending: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rank 0's rows as they were at the last exchange: another rank still has those that rank 0 has overwritten."""
+        index = self._unpack(pending[0])[0]
+        keeper = 1
+        others = [self._pack(index, torch.zeros_like(index))] if rank == keeper else [self._pack(index[:0], index[:0])]
+        old = distributed.gather_rows(others[0], capacity=-(-self.size // len(pending)))[keeper]
+        values, seen = self.values.clone(), self.seen.cpu()
+        if rank == 0:
+            index, _, rows, known = self._unpack(old)
+            values[index.to(values.device)] = rows.to(values.device)
+            seen[index] = known
+        return values, seen
+
+
+def _choose_storage(
+    storage: Storage, size: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str
+) -> Storage:
+    needed = size * math.prod(shape) * dtype.itemsize
+    if storage == "memmap":
+        return storage
+    on_device = _free_bytes(device)
+    if storage == "auto":
+        storage = "device" if device.type == "cpu" or needed <= on_device // 10 else "cpu"
+    available = on_device if storage == "device" else _free_bytes(torch.device("cpu"))
+    if needed > available:
+        raise RefusedError(
+            f"{name} needs {needed:,} bytes for {size:,} examples x {math.prod(shape):,} values ({dtype}), but only "
+            f"{available:,} bytes are free ({storage}). Use dtype='float16', storage='memmap', or a method without a "
+            f"memory (PSKD: teacher='snapshot')."
+        )
+    return storage
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**62
+
+
+def _write_side_file(directory: Path, name: str, values: Tensor) -> dict[str, Any]:
+    content = values.cpu().contiguous().view(torch.uint8).numpy()
+    digest = hashlib.sha256(content).hexdigest()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name.lower()}-{digest[:16]}.memory"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        content.tofile(partial)
+        partial.replace(path)
+    return {
+        "side_file": path.name,
+        "sha256": digest,
+        "shape": list(values.shape),
+        "dtype": str(values.dtype).removeprefix("torch."),
+    }
+
+
+def _read_side_file(directory: Path | None, name: str, state: dict[str, Any]) -> Tensor:
+    path = None if directory is None else directory / state["side_file"]
+    if path is None or not path.exists():
+        raise FulguriteError(
+            f"{name}'s checkpoint keeps its memory in the side file {state['side_file']!r}, which is not in "
+            f"{str(directory)!r}. Put the file there; it was written beside the checkpoint."
+        )
+    dtype = getattr(torch, state["dtype"])
+    values = torch.from_file(str(path), shared=False, size=math.prod(state["shape"]), dtype=dtype).view(state["shape"])
+    if hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest() != state["sha256"]:
+        raise FulguriteError(
+            f"The side file {str(path)!r} of {name}'s checkpoint has other contents than when the checkpoint was "
+            f"written (its SHA-256 differs). Restore the original file."
+        )
+    return values

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen copy of a LightningModule that repeats the training step on the same batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite import distributed
+from fulgurite.errors import FulguriteError
+from fulgurite.losses import LossCall, LossCapture
+from fulgurite.random import replayed
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from fulgurite.intervention import Step
+
+Mode = Literal["eval", "train"]
+
+
+class FrozenCopy:
+    """A copy of a module as it is now: not wrapped, not optimised, not part of the module tree.
+
+    Its forward is the user's own `training_step` under `no_grad`, from the random state in which the student's step began,
+    so that it sees the same augmentation; logging is muted, and the student's random stream goes on as if it had not run.
+
+    Args:
+        module: The module to copy. Plain deep copy: what a splice laid on it is left out.
+        mode: `"eval"` (dropout off, running statistics used), or `"train"`, which leaves the running statistics of the
+            copy as they are.
+    """
+
+    def __init__(self, module: pl.LightningModule, mode: Mode = "eval") -> None:
+        self.module = copy.deepcopy(module)
+        self.module.requires_grad_(False)
+        self.module.train(mode == "train")
+        self._buffers = dict(self.module.named_buffers()) if mode == "train" else {}
+        for name in ("log", "log_dict", "print"):
+            self.module.__dict__[name] = _mute
+
+    def loss_call(self, step: Step, name: str) -> LossCall:
+        """Return the call of the criterion that the copy makes on the step's batch; its outputs carry no gradient.
+
+        Args:
+            step: The student's step; it must have been begun with `replays_step`.
+            name: The name of the functional loss to look for.
+
+        Raises:
+            FulguriteError: If the copy makes no such call.
+        """
+        calls: list[LossCall] = []
+
+        def observe(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append(LossCall.bound(fn, args, kwargs, step))
+            return fn(*args, **kwargs)
+
+        saved = {key: value.clone() for key, value in self._buffers.items()}
+        self.module._trainer = step.trainer
+        arguments = (step.batch, step.batch_idx)[: _positional(self.module)]
+        with torch.no_grad(), replayed(step.random_state, step.module.device), LossCapture(observe):
+            self.module.training_step(*arguments)
+        for key, value in saved.items():
+            self._buffers[key].copy_(value)
+        self.module._trainer = None
+        found = [call for call in calls if call.name == name]
+        if not found:
+            raise FulguriteError(
+                f"The frozen copy of {type(self.module).__name__} did not call {name} on the same batch "
+                f"(it called {', '.join(c.name for c in calls) or 'no loss'}). Its training_step must not depend on "
+                f"anything but the batch, the weights and the random state."
+            )
+        return found[0]
+
+    def synchronize(self) -> None:
+        """Give all ranks the parameters and buffers of rank 0; buffers may differ between ranks."""
+        distributed.broadcast_(self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by name."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of parameters and buffers, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Overwrite parameters and buffers."""
+        for name, tensor in self.tensors().items():
+            tensor.data.copy_(state[name])
+
+
+def _mute(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _positional(module: nn.Module) -> int:
+    """How many of (batch, batch_idx) the training step takes."""
+    import inspect
+
+    parameters = inspect.signature(module.training_step).parameters.values()  # type: ignore[arg-type]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 2
+    return min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
