@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -146,24 +147,28 @@ def after_each_batch(loader: Any, callback: Callable[[Any], None]) -> Callable[[
     that replays batches while it restores its state does so before `_get_iterator` returns, and is not seen here.
     """
     make = loader._get_iterator
-    watched: list[Any] = []
+    watched: list[weakref.ref[Any]] = []
 
     def watch(iterator: Any) -> Any:
-        fetch = iterator._next_data
+        # Weakly: an iterator with workers shuts them down when its last reference goes, and hangs on them for seconds if
+        # it is left to the garbage collector.
+        reference = weakref.ref(iterator)
 
         def next_data() -> Any:
-            data = fetch()
+            iterator = reference()
+            data = type(iterator)._next_data(iterator)
             callback(iterator)
             return data
 
         iterator._next_data = next_data
-        watched[:] = [iterator]
+        watched[:] = [reference]
         return iterator
 
     def undo() -> None:
         del loader.__dict__["_get_iterator"]
-        for iterator in watched:
-            del iterator.__dict__["_next_data"]
+        for reference in watched:
+            if (iterator := reference()) is not None:
+                del iterator.__dict__["_next_data"]
 
     loader.__dict__["_get_iterator"] = lambda: watch(make())
     if getattr(loader, "_iterator", None) is not None:

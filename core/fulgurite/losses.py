@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -205,6 +206,11 @@ class LossCapture(TorchFunctionMode):
         if func in FUNCTIONAL_LOSSES:
             return self.handler(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+# Dynamo may trace through the mode in a frame that it compiles, but must not compile the mode's own frame, anew for every
+# kind of operation, inside modules that it leaves alone (`nn.Sequential.compile()`).
+skip_code(LossCapture.__torch_function__.__code__)
 
 
 def _reduction(arguments: Mapping[str, Any]) -> str:

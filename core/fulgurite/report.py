@@ -398,7 +398,9 @@ def _draw_curves(
         marker = "o" if len(x) <= 10 else None
         axes.plot(x, mean, color=colour, linestyle=line.linestyle, linewidth=1.7, marker=marker, markersize=3.5)
         if len(runs) > 1:
-            axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(
+                x, mean - std, mean + std, color=colour, alpha=0.18 if len(lines) <= 4 else 0.09, linewidth=0
+            )
     _skip_transient(axes)
     axes.set_xlabel("optimizer steps" if view == "step" else f"{unit} of training, validation not counted")
     axes.set_ylabel(_plain(name))
@@ -410,17 +412,14 @@ def _skip_transient(axes: Axes) -> None:
     axes.margins(x=0.02)
     axes.autoscale_view()
     first, last = axes.get_xlim()
-    lows, highs = [], []
-    for drawn in axes.get_lines():
-        x, y = np.asarray(drawn.get_xdata(), float), np.asarray(drawn.get_ydata(), float)
-        y = y[(x >= first + 0.1 * (last - first)) & np.isfinite(y)]
-        lows.extend(y[:1] * 0 + y.min(initial=np.inf))
-        highs.extend(y[:1] * 0 + y.max(initial=-np.inf))
-    if not lows:
+    points = np.concatenate([line.get_xydata() for line in axes.get_lines()] or [np.empty((0, 2))])
+    later = points[points[:, 0] > first + 0.1 * (last - first), 1]
+    later = later[np.isfinite(later)]
+    if not len(later):
         return
-    low, high = min(lows), max(highs)
-    bottom, top = axes.get_ylim()
+    low, high = later.min(), later.max()
     margin = 0.25 * (high - low)
+    bottom, top = axes.get_ylim()
     if 0 < high - low + 2 * margin < (top - bottom) / 2:
         axes.set_ylim(max(bottom, low - margin), min(top, high + margin))
 
@@ -450,6 +449,7 @@ def _draw_finals(axes: Axes, theme: _Theme, lines: Sequence[_Line], records: Seq
     axes.set_yticks(range(len(lines)), [_plain(line.variant) for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel(_plain(metric))
+    axes.locator_params(axis="x", nbins=5)
     _dress(axes, theme)
     axes.grid(axis="y", visible=False)
 
@@ -625,7 +625,8 @@ def _notes(records: Sequence[RunRecord], rows: Sequence[Row], reference: str) ->
         notes.append(f"Only {seeds} seeds: the intervals are wide, and rest on the differences being roughly normal.")
     notes.append(
         "Differences are paired by seed, with 95 % Student's t intervals. They are not corrected for the number of "
-        "comparisons: of twenty intervals for differences that do not exist, about one excludes zero."
+        "comparisons: of twenty intervals for differences that do not exist, about one excludes zero. “Unclear” means "
+        "that the interval contains zero; a count such as 7/8 is of the seeds in which the variant is better."
     )
     without = [name for name in _settings(records) if not any(select(records, name, reference))]
     if without:

@@ -158,7 +158,7 @@ class Splice(pl.Callback):
     def _lay_surgery(self) -> None:
         original = self.module.configure_model
 
-        @functools.wraps(original)
+        # Not `functools.wraps`: Lightning would look through it, and skip the hook of a module that does not override it.
         def configure_model() -> None:
             original()
             for intervention in self._hooks["operate"]:
@@ -414,19 +414,24 @@ class Splice(pl.Callback):
 
     def _wrap_evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
         observers = self._hooks["on_evaluation_loss"]
+        calls: list[LossCall] = []
+        step = Step(self.trainer, self.module, None, 0, 0)
+
+        def observe(fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append(LossCall.bound(fn, args, kwargs, step))
+            return fn(*args, **kwargs)
+
+        capture = LossCapture(observe)
 
         @functools.wraps(original)
         def evaluation_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal step
             if self not in self.trainer.callbacks:
                 return original(*args, **kwargs)
-            step = Step(self.trainer, self.module, args[0] if args else kwargs.get("batch"), 0, self.updates)
-            calls: list[LossCall] = []
-
-            def observe(fn: Callable[..., Tensor], a: tuple[Any, ...], k: dict[str, Any]) -> Tensor:
-                calls.append(LossCall.bound(fn, a, k, step))
-                return fn(*a, **k)
-
-            with LossCapture(observe):
+            calls.clear()
+            batch = args[0] if args else kwargs.get("batch")
+            step = Step(self.trainer, self.module, batch, args[1] if len(args) > 1 else 0, self.updates)
+            with capture:
                 result = original(*args, **kwargs)
             if not calls:
                 raise RefusedError(

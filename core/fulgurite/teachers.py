@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fulgurite import distributed
 from fulgurite.errors import FulguriteError
@@ -41,6 +43,10 @@ class FrozenCopy:
         self._buffers = dict(self.module.named_buffers()) if mode == "train" else {}
         for name in ("log", "log_dict", "print"):
             self.module.__dict__[name] = _mute
+        self._calls: list[LossCall] = []
+        self._capture = LossCapture(self._observe)
+        self._step: Step | None = None
+        self._arguments = _positional(self.module.training_step)
 
     def loss_call(self, step: Step, name: str) -> LossCall:
         """Return the call of the criterion that the copy makes on the step's batch; its outputs carry no gradient.
@@ -52,28 +58,29 @@ class FrozenCopy:
         Raises:
             FulguriteError: If the copy makes no such call.
         """
-        calls: list[LossCall] = []
-
-        def observe(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            calls.append(LossCall.bound(fn, args, kwargs, step))
-            return fn(*args, **kwargs)
-
+        self._calls, self._step = [], step
         saved = {key: value.clone() for key, value in self._buffers.items()}
         self.module._trainer = step.trainer
-        arguments = (step.batch, step.batch_idx)[: _positional(self.module)]
-        with torch.no_grad(), replayed(step.random_state, step.module.device), LossCapture(observe):
+        arguments = (step.batch, step.batch_idx)[: self._arguments]
+        with torch.no_grad(), replayed(step.random_state, step.module.device), self._capture:
             self.module.training_step(*arguments)
+        self.module._trainer = None
         for key, value in saved.items():
             self._buffers[key].copy_(value)
-        self.module._trainer = None
-        found = [call for call in calls if call.name == name]
-        if not found:
-            raise FulguriteError(
-                f"The frozen copy of {type(self.module).__name__} did not call {name} on the same batch "
-                f"(it called {', '.join(c.name for c in calls) or 'no loss'}). Its training_step must not depend on "
-                f"anything but the batch, the weights and the random state."
-            )
-        return found[0]
+        calls, self._calls, self._step = self._calls, [], None
+        for call in calls:
+            if call.name == name:
+                return call
+        raise FulguriteError(
+            f"The frozen copy of {type(self.module).__name__} did not call {name} on the same batch (it called "
+            f"{', '.join(call.name for call in calls) or 'no loss'}). Its training_step must not depend on anything but "
+            f"the batch, the weights and the random state."
+        )
+
+    def _observe(self, fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        assert self._step is not None
+        self._calls.append(LossCall.bound(fn, args, kwargs, self._step))
+        return fn(*args, **kwargs)
 
     def synchronize(self) -> None:
         """Give all ranks the parameters and buffers of rank 0; buffers may differ between ranks."""
@@ -97,11 +104,9 @@ def _mute(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _positional(module: nn.Module) -> int:
-    """How many of (batch, batch_idx) the training step takes."""
-    import inspect
-
-    parameters = inspect.signature(module.training_step).parameters.values()  # type: ignore[arg-type]
+def _positional(function: Callable[..., Any]) -> int:
+    """How many of (batch, batch_idx) a training step takes."""
+    parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 2
     return min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims are validated, and the verdict follows the published rule at every border."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from fulgurite.claims import Claim, Expectation, Setting, Variant, judge
+from fulgurite.records import RunRecord
+
+VARIANTS = (Variant("baseline"), Variant("new", add=("PSKD(alpha=0.8)",)), Variant("smooth"))
+
+
+def claim(*expectations: Expectation, seeds: int = 4) -> Claim:
+    settings = (Setting("clean", {}, VARIANTS), Setting("noisy", {}, VARIANTS))
+    return Claim("New is better.", settings, seeds, expectations)
+
+
+def expect(direction: str = "lower", wins: int | None = None, setting: str = "clean") -> Expectation:
+    return Expectation(setting, "new", "baseline", "test/nll", direction, wins)
+
+
+def runs(differences: list[float | None], setting: str = "clean") -> list[RunRecord]:
+    """Baseline at 1 in every seed, `new` at 1 + difference; None is a failed run."""
+    records = [
+        RunRecord(setting, "baseline", seed, "ok", metrics={"test/nll": 1.0}) for seed in range(len(differences))
+    ]
+    for seed, difference in enumerate(differences):
+        if difference is None:
+            records.append(RunRecord(setting, "new", seed, "failed", error="RuntimeError"))
+        else:
+            records.append(RunRecord(setting, "new", seed, "ok", metrics={"test/nll": 1.0 + difference}))
+    return records
+
+
+CLEAR = [-0.10, -0.11, -0.09, -0.10]
+
+
+def test_reproduced():
+    verdict = judge(claim(expect(wins=4)), runs(CLEAR))
+    assert (verdict.outcome, verdict.results[0].status) == ("reproduced", "held")
+    assert verdict.results[0].difference.mean == pytest.approx(-0.10)
+    assert verdict.results[0].difference.wins == 4
+
+
+def test_higher_is_judged_by_the_other_sign():
+    assert judge(claim(expect("higher", 4)), runs([-d for d in CLEAR])).outcome == "reproduced"
+    assert judge(claim(expect("higher", 4)), runs(CLEAR)).outcome == "not reproduced"
+
+
+@pytest.mark.parametrize("differences", [[-d for d in CLEAR], [0.3, -0.1, 0.1, -0.2], [0.0] * 4])
+def test_a_mean_not_on_the_claimed_side_refutes(differences):
+    """Clearly wrong, unclear but on the wrong side, and exactly equal."""
+    verdict = judge(claim(expect()), runs(differences))
+    assert (verdict.outcome, verdict.results[0].status) == ("not reproduced", "refuted")
+
+
+def test_right_sign_with_an_interval_over_zero_is_undecided():
+    verdict = judge(claim(expect()), runs([-0.3, 0.1, -0.2, 0.1]))
+    assert (verdict.outcome, verdict.results[0].status) == ("inconclusive", "undecided")
+    assert "contains zero" in verdict.results[0].reason
+
+
+def test_too_few_wins_are_undecided():
+    differences = [-0.2, -0.2, -0.2, -0.2, -0.2, -0.2, 0.01, 0.01]
+    assert judge(claim(expect(), seeds=8), runs(differences)).outcome == "reproduced"
+    verdict = judge(claim(expect(wins=7), seeds=8), runs(differences))
+    assert (verdict.outcome, verdict.results[0].reason) == ("inconclusive", "Lower in 6 of 8 seeds; 7 are required.")
+
+
+def test_required_wins_are_not_scaled_down_to_fewer_seeds():
+    verdict = judge(claim(expect(wins=7), seeds=8), runs(CLEAR))
+    assert (verdict.outcome, verdict.results[0].status) == ("inconclusive", "undecided")
+    assert "Only 4 of 8 seeds" in verdict.results[0].reason
+
+
+def test_more_seeds_than_claimed_ask_for_the_same_share_of_wins():
+    """Otherwise 7 wins of 20 seeds would satisfy a claim of 7 in 8."""
+    differences = [-0.5] * 15 + [0.01] * 5
+    verdict = judge(claim(expect(wins=7), seeds=8), runs(differences))
+    assert (verdict.outcome, verdict.results[0].reason) == ("inconclusive", "Lower in 15 of 20 seeds; 18 are required.")
+
+
+def test_missing_and_failed_runs_leave_it_open():
+    for records in (runs([*CLEAR[:3], None]), runs(CLEAR)[:-1]):
+        verdict = judge(claim(expect(wins=3)), records)
+        assert (verdict.outcome, verdict.results[0].status) == ("inconclusive", "held")
+        assert "3 of 4 seeds" in verdict.reason
+    assert judge(claim(expect()), []).results[0].difference is None
+    assert judge(claim(expect()), []).outcome == "inconclusive"
+
+
+def test_a_single_pair_decides_nothing():
+    for value in (-0.5, 0.5):
+        assert judge(claim(expect()), runs([value])).results[0].status == "undecided"
+
+
+def test_a_diverged_run_decides_nothing():
+    verdict = judge(claim(expect()), runs([*CLEAR[:3], math.inf]))
+    assert (verdict.results[0].status, verdict.results[0].reason) == ("undecided", "Not finite for seed 3.")
+
+
+def test_one_refuted_expectation_outweighs_the_others():
+    both = claim(expect(), expect(setting="noisy"))
+    good, bad = runs(CLEAR), runs([-d for d in CLEAR], "noisy")
+    assert judge(both, good + runs(CLEAR, "noisy")).outcome == "reproduced"
+    assert judge(both, good + bad).outcome == "not reproduced"
+    verdict = judge(both, good)
+    assert (verdict.outcome, [r.status for r in verdict.results]) == ("inconclusive", ["held", "undecided"])
+
+
+def test_unknown_names_are_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"`setting`.*'clear'\. Did you mean 'clean'"):
+        claim(expect(setting="clear"))
+    with pytest.raises(ValueError, match=r"`variant`.*'smoth'\. Did you mean 'smooth'"):
+        claim(Expectation("clean", "smoth", "baseline", "test/nll", "lower"))
+    with pytest.raises(ValueError, match=r"`reference`.*'base'"):
+        claim(Expectation("clean", "new", "base", "test/nll", "lower"))
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="between 1 and the 4 seeds"):
+        claim(expect(wins=5))
+    with pytest.raises(ValueError, match="at least 2, but got 1"):
+        claim(expect(), seeds=1)
+    with pytest.raises(ValueError, match="at least one"):
+        claim()
+    with pytest.raises(ValueError, match="'lower' or 'higher', but got 'less'"):
+        expect("less")
+    with pytest.raises(ValueError, match="another variant"):
+        Expectation("clean", "new", "new", "test/nll", "lower")
+    with pytest.raises(ValueError, match="distinct names"):
+        Setting("clean", {}, (Variant("a"), Variant("a")))
+    with pytest.raises(ValueError, match=r"tuple of texts, but got 'PSKD'"):
+        Variant("new", add="PSKD")
+
+
+def test_importing_claims_imports_nothing_heavy():
+    """`fulgurite reproduce --list` reads claims; it must not pay for torch, Lightning or scipy."""
+    code = (
+        "import sys, fulgurite.claims; print([m for m in ('torch', 'lightning', 'scipy', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
