@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+_HEADER = 16
+"""Bytes before the rows: their number, and room so that rows of every dtype are aligned."""
 
 
 def is_distributed() -> bool:
@@ -35,26 +39,25 @@ def gather_rows(rows: Tensor, capacity: int) -> list[Tensor]:
         return [rows]
     size = dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    flat = rows.contiguous().view(rows.shape[0], -1).view(torch.uint8).to(device)
-    width = flat.shape[1]
-    header = torch.tensor([rows.shape[0]], dtype=torch.int64).view(torch.uint8).to(device)
+    width = math.prod(rows.shape[1:]) * rows.element_size()
+    content = rows.contiguous().view(-1).view(torch.uint8).to(device)
+    header = torch.zeros(_HEADER // 8, dtype=torch.int64).fill_(len(rows)).view(torch.uint8).to(device)
     parts: list[list[Tensor]] = [[] for _ in range(size)]
     counts: list[int] = []
     start = 0
     while start == 0 or start < max(counts):
-        buffer = torch.zeros(8 + capacity * width, dtype=torch.uint8, device=device)
-        buffer[:8] = header
-        chunk = flat[start : start + capacity]
-        buffer[8 : 8 + chunk.numel()] = chunk.reshape(-1)
+        chunk = content[start * width : (start + capacity) * width]
+        buffer = torch.cat([header, chunk, chunk.new_zeros(capacity * width - len(chunk))])
         received = [torch.empty_like(buffer) for _ in range(size)]
         dist.all_gather(received, buffer)
-        counts = [int(r[:8].clone().view(torch.int64).item()) for r in received]
+        counts = [int(r[:8].view(torch.int64)) for r in received]
         for part, r, count in zip(parts, received, counts, strict=True):
-            n = max(0, min(capacity, count - start))
-            part.append(r[8 : 8 + n * width].view(n, width))
+            part.append(r[_HEADER : _HEADER + max(0, min(capacity, count - start)) * width])
         start += capacity
+    whole = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
     return [
-        torch.cat(part).reshape(-1).clone().view(rows.dtype).view(-1, *rows.shape[1:]).to(rows.device) for part in parts
+        content.view(rows.dtype).view(count, *rows.shape[1:]).to(rows.device)
+        for content, count in zip(whole, counts, strict=True)
     ]
 
 
@@ -62,7 +65,9 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with those of rank 0, in place."""
     if is_distributed():
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, src=0)
+            tensor.detach().copy_(value)
 
 
 def gather_objects(value: Any) -> list[Any]:

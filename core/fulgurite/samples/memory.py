@@ -6,8 +6,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +36,7 @@ class SampleMemory:
         dtype: Precision of the rows.
         device: Device on which rows are read and written.
         storage: Where the rows lie: on the `device`; in `cpu` memory (pinned for a CUDA device); in a `memmap` file of this
-            process; or `auto`: on the device up to a tenth of its free memory, else on the CPU.
+            process, removed with it; or `auto`: on the device up to a tenth of its free memory, else on the CPU.
         name: Who remembers, for messages and file names.
 
     Raises:
@@ -54,8 +57,9 @@ class SampleMemory:
         self.device = torch.device(device)
         self.name = name
         self.storage = _choose_storage(storage, size, shape, dtype, self.device, name)
-        self.values = self._allocate(size, shape, dtype)
-        self.seen = torch.zeros(size, dtype=torch.bool, device=self.device)
+        self._rows = self._allocate(size + 1, shape, dtype)
+        self._written = torch.zeros(size + 1, dtype=torch.bool, device=self.device)
+        self.values, self.seen = self._rows[:size], self._written[:size]  # one row more, for what is not stored
         self.rejected = torch.zeros((), dtype=torch.int64, device=self.device)
         self._pending: list[Tensor] = []
         self._deferred: tuple[Tensor, Tensor, Any] | None = None
@@ -104,18 +108,18 @@ class SampleMemory:
             )
         on_device = indices.to(self.device) if indices_on_device is None else indices_on_device
         rows = rows.detach().to(self.values.dtype)
-        finite = rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
+        finite = _finite(rows)
         self.rejected += (~finite).sum()
-        self.seen[on_device] |= finite
+        stored_at = torch.where(finite, on_device, self.size)
+        self._written[stored_at] = True
         if distributed.is_distributed():
             self._pending.append(indices)
-        keep = finite.view(-1, *[1] * (rows.ndim - 1))
         if self.values.device == self.device:
-            self.values[on_device] = torch.where(keep, rows, self.values[on_device])
+            self._rows[stored_at] = rows
             return
         self._flush()
         staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        staged.copy_(torch.where(keep, rows, torch.nan), non_blocking=True)
+        staged.copy_(rows, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         self._deferred = (indices, staged, done)
@@ -126,19 +130,15 @@ class SampleMemory:
         Where a sampler's padding made several ranks write one example, the row of the lowest global position wins.
         """
         self._flush()
-        rank, world = distributed.world()
-        if world == 1:
-            return
-        index, position = self._own_pending(rank, world)
-        gathered = distributed.gather_rows(self._pack(index, position), capacity=-(-self.size // world))
-        self._apply(gathered)
-        self._pending.clear()
+        if distributed.world()[1] > 1:
+            self._apply(self._gather(*self._own_pending()), self.values.dtype)
+            self._pending.clear()
 
     def state_dict(self, directory: Path | None = None) -> dict[str, Any]:
-        """Return the state; on several ranks all of them must call this, and rank 0's is the one to save.
+        """Return the state; on several ranks all of them must call this, and the state of rank 0 is the one to save.
 
         It holds the rows as of the last exchange and what every rank has written since, so that a resumed run reads what
-        an uninterrupted one reads.
+        an uninterrupted one reads. The state of the other ranks is empty but for its version.
 
         Args:
             directory: Where to put the rows of a memory-mapped memory, as a side file that the state names and of which it
@@ -146,24 +146,16 @@ class SampleMemory:
         """
         self._flush()
         rank, world = distributed.world()
-        values, seen = self.values, self.seen.cpu()
-        pending: list[Tensor] = []
-        if world > 1:
-            index, position = self._own_pending(rank, world)
-            pending = distributed.gather_rows(self._pack(index, position), capacity=-(-self.size // world))
-            values, seen = self._before_exchange(rank, pending)
-        state: dict[str, Any] = {
-            "version": 1,
-            "seen": seen.clone(),
-            "rejected": int(self.rejected),
-            "pending": [p.cpu() for p in pending],
-        }
-        if self.storage == "memmap" and directory is not None:
-            if rank == 0:
-                state |= _write_side_file(directory, self.name, values)
-        else:
-            state["values"] = values.detach().cpu().clone()
-        return state
+        pending = self._gather(*self._own_pending()) if world > 1 else []
+        rejected = sum(distributed.gather_objects(int(self.rejected)))
+        with self._as_of_last_exchange(pending) as seen:
+            if rank != 0:
+                return {"version": 1}
+            if self.storage == "memmap" and directory is not None:
+                rows = _write_side_file(directory, self.name, self.values)
+            else:
+                rows = {"values": self.values.to("cpu", copy=True)}
+        return {"version": 1, "seen": seen, "rejected": rejected, "pending": [p.cpu() for p in pending], **rows}
 
     def load_state_dict(self, state: dict[str, Any], directory: Path | None = None) -> None:
         """Restore what `state_dict` returned, also on another number of ranks.
@@ -185,23 +177,25 @@ class SampleMemory:
         rank, world = distributed.world()
         self.values.copy_(saved)
         self.seen.copy_(state["seen"])
-        self.rejected.fill_(state["rejected"])
+        self.rejected.fill_(state["rejected"] if rank == 0 else 0)
         self._pending.clear()
         pending = state["pending"]
-        if len(pending) == world and world > 1:
-            index, _, rows, finite = self._unpack(pending[rank])
-            self._store(index, rows, finite)
-            self._pending = [index]
+        if len(pending) == world:
+            self._apply(pending[rank : rank + 1], saved.dtype)
+            self._restore_pending(pending[rank])
         elif pending:
-            self._apply(pending)
+            self._apply(pending, saved.dtype)
 
     def _allocate(self, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.storage == "memmap":
             handle, path = tempfile.mkstemp(prefix=f"fulgurite-{self.name}-".lower(), suffix=".memory")
             os.close(handle)
-            weakref.finalize(self, Path(path).unlink, missing_ok=True)
-            count = size * math.prod(shape)
-            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(size, *shape)
+            rows = torch.from_file(path, shared=True, size=size * math.prod(shape), dtype=dtype).view(size, *shape)
+            if os.name == "posix":  # the mapping keeps the file; nothing is left behind however the process ends
+                Path(path).unlink()
+            else:
+                weakref.finalize(self, Path(path).unlink, missing_ok=True)
+            return rows
         device = torch.device("cpu") if self.storage == "cpu" else self.device
         pin = device.type == "cpu" and self.device.type == "cuda"
         return torch.zeros((size, *shape), dtype=dtype, device=device, pin_memory=pin)
@@ -212,20 +206,32 @@ class SampleMemory:
             return
         indices, rows, done = self._deferred
         done.synchronize()
-        finite = rows.isfinite().flatten(1).all(1)
+        finite = _finite(rows)
         self.values[indices[finite]] = rows[finite]
         self._deferred = None
 
-    def _own_pending(self, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    def _own_pending(self) -> tuple[Tensor, Tensor]:
         """Examples written since the last exchange, each once, and the global position of their last writing."""
-        drawn = torch.cat(self._pending) if self._pending else torch.empty(0, dtype=torch.int64)
-        order = torch.arange(len(drawn))
+        rank, world = distributed.world()
+        drawn = torch.cat([torch.empty(0, dtype=torch.int64), *self._pending])
         index, inverse = drawn.unique(return_inverse=True)
-        last = torch.zeros(len(index), dtype=torch.int64).scatter_reduce_(0, inverse, order, "amax")
-        return index, last * world + rank
+        last = torch.zeros_like(index).scatter_reduce_(0, inverse, torch.arange(len(drawn)), "amax")
+        known = index != _UNKNOWN
+        return index[known], last[known] * world + rank
+
+    def _restore_pending(self, packed: Tensor) -> None:
+        """Continue a saved list of own writings: the last position of each example is known, the others do not matter."""
+        index, position, _ = _unpack_header(packed)
+        if len(index) > 0:
+            last = position // distributed.world()[1]
+            self._pending = [torch.full((int(last.max()) + 1,), _UNKNOWN).scatter_(0, last, index)]
+
+    def _gather(self, index: Tensor, position: Tensor) -> list[Tensor]:
+        """The packed rows of every rank: one collective if no rank has more than its share."""
+        return distributed.gather_rows(self._pack(index, position), capacity=-(-self.size // distributed.world()[1]))
 
     def _pack(self, index: Tensor, position: Tensor) -> Tensor:
-        """Index, position, whether the row was ever finite, and the row: bytes `[n, width]`."""
+        """Index, position, whether the row has been written, and the row: bytes `[n, width]`."""
         rows = self.values[index.to(self.values.device)].cpu()
         seen = self.seen[index.to(self.device)].cpu().to(torch.uint8)
         parts = [
@@ -236,55 +242,86 @@ class SampleMemory:
         ]
         return torch.cat(parts, dim=1)
 
-    def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        packed = packed.cpu()
-        index = packed[:, :8].contiguous().view(torch.int64).view(-1)
-        position = packed[:, 8:16].contiguous().view(torch.int64).view(-1)
-        rows = packed[:, 17:].contiguous().view(self.values.dtype).view(-1, *self.shape)
-        return index, position, rows, packed[:, 16].bool()
+    def _unpack_rows(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        return packed[:, 17:].contiguous().view(dtype).view(-1, *self.shape)
 
-    def _apply(self, gathered: list[Tensor]) -> None:
-        index, position, rows, finite = (
-            torch.cat(parts) for parts in zip(*(self._unpack(g) for g in gathered), strict=True)
-        )
-        first = torch.full((self.size,), torch.iinfo(torch.int64).max).scatter_reduce_(0, index, position, "amin")
-        winner = position == first[index]
-        self._store(index[winner], rows[winner], finite[winner])
+    def _apply(self, gathered: list[Tensor], dtype: torch.dtype) -> None:
+        """Store what ranks have written; of several rows of one example, that of the lowest position."""
+        first = torch.full((self.size,), torch.iinfo(torch.int64).max)
+        for packed in gathered:
+            index, position, seen = _unpack_header(packed)
+            first.scatter_reduce_(0, index[seen], position[seen], "amin")
+        for packed in gathered:
+            index, position, seen = _unpack_header(packed)
+            wins = seen & (position == first[index])
+            self._store(index[wins], self._unpack_rows(packed[wins], dtype))
 
-    def _store(self, index: Tensor, rows: Tensor, finite: Tensor) -> None:
-        index, rows = index[finite], rows[finite]
-        self.values[index.to(self.values.device)] = rows.to(self.values.device)
+    def _store(self, index: Tensor, rows: Tensor) -> None:
+        self.values[index.to(self.values.device)] = rows.to(self.values)
         self.seen[index.to(self.device)] = True
 
-    def _before_exchange(self, rank: int, pending: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Rank 0's rows as they were at the last exchange: another rank still has those that rank 0 has overwritten."""
-        index = self._unpack(pending[0])[0]
-        keeper = 1
-        others = [self._pack(index, torch.zeros_like(index))] if rank == keeper else [self._pack(index[:0], index[:0])]
-        old = distributed.gather_rows(others[0], capacity=-(-self.size // len(pending)))[keeper]
-        values, seen = self.values.clone(), self.seen.cpu()
+    @contextmanager
+    def _as_of_last_exchange(self, pending: list[Tensor]) -> Iterator[Tensor]:
+        """Put back, on rank 0 and for a block, the rows that it has overwritten since; yield what had been seen.
+
+        A rank that has not overwritten them itself sends them. Those that every rank has overwritten count as not seen:
+        what is pending holds them for each rank.
+        """
+        seen = self.seen.cpu().clone()
+        if not pending:
+            yield seen
+            return
+        rank = distributed.world()[0]
+        index = wanted = _unpack_header(pending[0])[0]
+        kept = wanted[:0]
+        for other in range(1, len(pending)):
+            overwritten = torch.isin(wanted, _unpack_header(pending[other])[0])
+            if other == rank:
+                kept = wanted[~overwritten]
+            wanted = wanted[overwritten]
+        sent = self._gather(kept, torch.zeros_like(kept))
+        present = self.values[index.to(self.values.device)]
         if rank == 0:
-            index, _, rows, known = self._unpack(old)
-            values[index.to(values.device)] = rows.to(values.device)
-            seen[index] = known
-        return values, seen
+            seen[index] = False
+            for packed in sent:
+                found, _, seen[found] = _unpack_header(packed)
+                self.values[found.to(self.values.device)] = self._unpack_rows(packed, self.values.dtype).to(self.values)
+        try:
+            yield seen
+        finally:
+            self.values[index.to(self.values.device)] = present
+
+
+_UNKNOWN = -1
+"""Stands in a restored list of writings where an example was written that was written again later."""
+
+
+def _unpack_header(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The indices, the positions, and whether each row has been written, of what `SampleMemory._pack` packed."""
+    index = packed[:, :8].contiguous().view(torch.int64).view(-1)
+    position = packed[:, 8:16].contiguous().view(torch.int64).view(-1)
+    return index, position, packed[:, 16].bool()
+
+
+def _finite(rows: Tensor) -> Tensor:
+    return rows.isfinite().flatten(1).all(1) if rows.ndim > 1 else rows.isfinite()
 
 
 def _choose_storage(
     storage: Storage, size: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str
 ) -> Storage:
     needed = size * math.prod(shape) * dtype.itemsize
-    if storage == "memmap":
-        return storage
-    on_device = _free_bytes(device)
     if storage == "auto":
-        storage = "device" if device.type == "cpu" or needed <= on_device // 10 else "cpu"
-    available = on_device if storage == "device" else _free_bytes(torch.device("cpu"))
+        storage = "device" if device.type == "cpu" or needed <= _free_bytes(device) // 10 else "cpu"
+    if storage == "memmap":
+        available = shutil.disk_usage(tempfile.gettempdir()).free
+    else:
+        available = _free_bytes(device if storage == "device" else torch.device("cpu"))
     if needed > available:
         raise RefusedError(
             f"{name} needs {needed:,} bytes for {size:,} examples x {math.prod(shape):,} values ({dtype}), but only "
-            f"{available:,} bytes are free ({storage}). Use dtype='float16', storage='memmap', or a method without a "
-            f"memory (PSKD: teacher='snapshot')."
+            f"{available:,} bytes are free ({storage}). Use dtype='float16', storage='memmap' (its file goes where TMPDIR "
+            f"points), or a method without a memory (PSKD: teacher='snapshot')."
         )
     return storage
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fulgurite import lightning_adapter
-from fulgurite.errors import RefusedError
+from fulgurite.errors import FulguriteError, RefusedError
 from fulgurite.intervention import Capabilities, Intervention
 from fulgurite.losses import LossCall
 from fulgurite.samples import SampleMemory
@@ -174,6 +174,11 @@ class PSKD(Intervention):
         indices = self._indices(call, predictions)
         if self.memory is None:
             self.memory = self._make_memory(call, predictions)
+        if predictions.shape[1:] != self.memory.shape:
+            raise FulguriteError(
+                f"PSKD remembers predictions over {self.memory.shape[0]} classes, but the model now predicts "
+                f"{predictions.shape[1]}. The number of classes must not change during training."
+            )
         on_device = call.step.indices_on(predictions.device)
         refined = call
         if self.weight > 0.0 and call.step.trainer.current_epoch > 0:
@@ -213,7 +218,8 @@ class PSKD(Intervention):
                 f"batch, but the criterion got outputs for {len(predictions)}: something dropped, repeated or mixed "
                 f"examples in between. {instead}"
             )
-        if self._batches == 1 and call.targets.is_floating_point() and bool((call.targets.amax(dim=1) < 1.0).any()):
+        given = call.step.targets  # the user's own, before other plugins softened them
+        if self._batches == 1 and given.is_floating_point() and bool((given.amax(dim=1) < 1.0).any()):
             raise RefusedError(
                 f"PSKD(teacher='memory') got probability targets that are not one-hot, as mixup makes them: the prediction "
                 f"for a mixed example must not be remembered as that of one example. {instead}"
