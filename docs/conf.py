@@ -41,7 +41,9 @@ _logger = logging.getLogger(__name__)
 def _dollars_to_roles(app, what, name, obj, options, lines):
     text = re.sub(
         r"^( *)\$\$(.+?)\$\$$",
-        lambda match: f"{match[1]}.. math::\n\n" + "\n".join(f"{match[1]}   {line.strip()}" for line in match[2].split("\n")),
+        lambda match: (
+            f"{match[1]}.. math::\n\n" + "\n".join(f"{match[1]}   {line.strip()}" for line in match[2].split("\n"))
+        ),
         "\n".join(lines),
         flags=re.DOTALL | re.MULTILINE,
     )
@@ -50,7 +52,7 @@ def _dollars_to_roles(app, what, name, obj, options, lines):
 
 def _mathml(translator, node, display):
     try:
-        return tex2mathml(node.astext(), as_block=display)
+        return tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=display)  # docutils lacks \dots
     except MathError as error:
         _logger.warning("the equation cannot be written as MathML: %s", error, location=node)
         return translator.encode(node.astext())

@@ -7,6 +7,7 @@ and not by `isinstance`, because `lightning.pytorch` and `pytorch_lightning` are
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import weakref
@@ -14,12 +15,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import BatchSampler
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning sets on the instance of a module that was passed through `torch.compile`."""
+
+_ORIGINAL_BATCH_SAMPLER = "_fulgurite_batch_sampler"
+"""Attribute under which a DataLoader keeps its own batch sampler while another one stands in its place."""
 
 _STRATEGIES = {
     "DeepSpeedStrategy": "deepspeed",
@@ -29,6 +34,10 @@ _STRATEGIES = {
     "XLAStrategy": "xla",
     "SingleDeviceStrategy": "single",
 }
+
+
+class _ExplicitBatchSampler(BatchSampler):
+    """A plain batch sampler that Lightning does not mistake for one that the DataLoader has made itself."""
 
 
 def strategy_name(trainer: pl.Trainer) -> str:
@@ -87,30 +96,28 @@ def train_source(trainer: pl.Trainer) -> Any:
 
 
 def with_sampler(loader: Any, sampler: Any) -> Any:
-    """Return a DataLoader like `loader` with another sampler.
+    """Return a DataLoader like `loader` with another sampler; also of a loader whose batch sampler has been replaced.
 
     Private: `lightning.fabric.utilities.data._update_dataloader`, the function with which Lightning itself puts in its
-    DistributedSampler; it knows about subclasses and custom batch samplers.
+    DistributedSampler; it knows about subclasses and custom batch samplers. Only a plain `BatchSampler` that was passed
+    explicitly it takes for the DataLoader's own, and loses its batch size.
     """
     from lightning.fabric.utilities.data import _update_dataloader
 
-    return _update_dataloader(loader, sampler)
+    found = copy.copy(loader)
+    batches = found.__dict__.pop(_ORIGINAL_BATCH_SAMPLER, found.batch_sampler)
+    if type(batches) is BatchSampler and found.batch_size is None:
+        batches = _ExplicitBatchSampler(batches.sampler, batches.batch_size, batches.drop_last)
+    found.__dict__["batch_sampler"] = batches
+    return _update_dataloader(found, sampler)
 
 
-def capture_loader_arguments() -> Any:
-    """Return the context in which loaders must be made so that `with_sampler` can make them again.
+def distributes_samples(trainer: pl.Trainer) -> bool:
+    """Return whether all ranks train on different parts of the data: one rank, or Lightning's DistributedSampler.
 
-    Private: `lightning.fabric.utilities.data._replace_dunder_methods`.
+    Private: `_accelerator_connector.use_distributed_sampler`.
     """
-    from contextlib import ExitStack
-
-    from lightning.fabric.utilities.data import _replace_dunder_methods
-    from torch.utils.data import BatchSampler, DataLoader
-
-    stack = ExitStack()
-    stack.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
-    stack.enter_context(_replace_dunder_methods(BatchSampler))
-    return stack
+    return trainer.world_size == 1 or trainer._accelerator_connector.use_distributed_sampler
 
 
 def in_flight(iterator: Any) -> int:
@@ -119,6 +126,11 @@ def in_flight(iterator: Any) -> int:
     Private: `_send_idx` and `_rcvd_idx` of the multi-process iterator; an iterator without workers is never ahead.
     """
     return getattr(iterator, "_send_idx", 0) - getattr(iterator, "_rcvd_idx", 0)
+
+
+def index_iterator(iterator: Any) -> Any:
+    """Return the iterator over the batch sampler from which a DataLoader's iterator draws. Private: `_sampler_iter`."""
+    return iterator._sampler_iter
 
 
 def replace_batch_sampler(loader: Any, make: Callable[[Any], Any]) -> Callable[[], None]:
@@ -136,39 +148,43 @@ def replace_batch_sampler(loader: Any, make: Callable[[Any], Any]) -> Callable[[
         if iterator is not None and iterator._index_sampler is instead_of:
             iterator._index_sampler = sampler
 
+    def undo() -> None:
+        put(original, replacement)
+        del loader.__dict__[_ORIGINAL_BATCH_SAMPLER]
+
     put(replacement, original)
-    return lambda: put(original, replacement)
+    loader.__dict__[_ORIGINAL_BATCH_SAMPLER] = original
+    return undo
 
 
 def after_each_batch(loader: Any, callback: Callable[[Any], None]) -> Callable[[], None]:
     """Call `callback(iterator)` whenever a batch leaves the loader; return the undo.
 
-    Private: `DataLoader._get_iterator` and `_next_data` of its iterators (torch and torchdata alike). A stateful loader
-    that replays batches while it restores its state does so before `_get_iterator` returns, and is not seen here.
+    None is no batch: Lightning skips it. Private: `DataLoader._get_iterator` and `_next_data` of its iterators (torch and
+    torchdata alike). A stateful loader that replays batches while it restores its state does so before `_get_iterator`
+    returns, and is not seen here.
     """
     make = loader._get_iterator
-    watched: list[weakref.ref[Any]] = []
+    watched: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def watch(iterator: Any) -> Any:
-        # Weakly: an iterator with workers shuts them down when its last reference goes, and hangs on them for seconds if
-        # it is left to the garbage collector.
-        reference = weakref.ref(iterator)
+        # No reference cycle: an iterator that is dropped in the middle of an epoch must stop its workers at once.
+        fetch, this = type(iterator)._next_data, weakref.ref(iterator)
 
         def next_data() -> Any:
-            iterator = reference()
-            data = type(iterator)._next_data(iterator)
-            callback(iterator)
+            data = fetch(this())
+            if data is not None:
+                callback(this())
             return data
 
         iterator._next_data = next_data
-        watched[:] = [reference]
+        watched.add(iterator)
         return iterator
 
     def undo() -> None:
         del loader.__dict__["_get_iterator"]
-        for reference in watched:
-            if (iterator := reference()) is not None:
-                del iterator.__dict__["_next_data"]
+        for iterator in watched:
+            del iterator.__dict__["_next_data"]
 
     loader.__dict__["_get_iterator"] = lambda: watch(make())
     if getattr(loader, "_iterator", None) is not None:
@@ -194,13 +210,16 @@ def train_progress(trainer: pl.Trainer, unit: str) -> tuple[int, float]:
     """Return the position and the planned length of training, counted in epochs or in optimizer steps.
 
     The position counts from 1 during the first epoch or step. The length is infinite if nothing bounds it. An epoch count
-    that only `max_steps` bounds is estimated from the number of batches per epoch.
+    that only `max_steps` bounds is estimated from the number of batches per epoch, and infinite if that is not known.
     """
     if unit == "epoch":
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             total: float = trainer.max_epochs
         else:
-            per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-            total = math.ceil(trainer.max_steps / per_epoch) if trainer.max_steps > 0 else math.inf
+            batches = trainer.num_training_batches
+            if trainer.max_steps <= 0 or math.isinf(batches):
+                total = math.inf
+            else:
+                total = math.ceil(trainer.max_steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
         return trainer.current_epoch + 1, total
     return trainer.global_step + 1, float(trainer.estimated_stepping_batches)

@@ -176,17 +176,17 @@ def soft_cross_entropy(
     with torch.autocast(outputs.device.type, enabled=False):
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         logs = outputs if log_probabilities else F.log_softmax(outputs, dim=1)
-        terms = targets.to(logs.dtype) * logs
+        targets = targets.to(logs.dtype)
         if weight is not None:
-            terms = terms * weight.to(logs.dtype).view(1, -1, *[1] * (outputs.ndim - 2))
-        losses = -terms.sum(dim=1)
+            targets = targets * weight.to(logs.dtype).view(1, -1, *[1] * (outputs.ndim - 2))
         if mask is not None:
-            losses = losses * mask
+            targets = targets * mask.unsqueeze(1)
         if reduction == "none":
-            return losses
+            return -(targets * logs).sum(dim=1)
+        total = -torch.dot(targets.reshape(-1), logs.reshape(-1))
         if reduction == "sum":
-            return losses.sum()
-        return losses.sum() / (losses.numel() if normalizer is None else normalizer)
+            return total
+        return total / (targets.numel() // targets.shape[1] if normalizer is None else normalizer)
 
 
 class LossCapture(TorchFunctionMode):

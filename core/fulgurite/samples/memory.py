@@ -280,12 +280,15 @@ class SampleMemory:
                 kept = wanted[~overwritten]
             wanted = wanted[overwritten]
         sent = self._gather(kept, torch.zeros_like(kept))
+        if rank != 0:
+            yield seen
+            return
         present = self.values[index.to(self.values.device)]
-        if rank == 0:
-            seen[index] = False
-            for packed in sent:
-                found, _, seen[found] = _unpack_header(packed)
-                self.values[found.to(self.values.device)] = self._unpack_rows(packed, self.values.dtype).to(self.values)
+        seen[index] = False
+        for packed in sent:
+            found, _, known = _unpack_header(packed)
+            seen[found] = known
+            self.values[found.to(self.values.device)] = self._unpack_rows(packed, self.values.dtype).to(self.values)
         try:
             yield seen
         finally:
@@ -339,7 +342,7 @@ def _free_bytes(device: torch.device) -> int:
 
 def _write_side_file(directory: Path, name: str, values: Tensor) -> dict[str, Any]:
     content = values.cpu().contiguous().view(torch.uint8).numpy()
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content.data).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name.lower()}-{digest[:16]}.memory"
     if not path.exists():
@@ -363,7 +366,7 @@ def _read_side_file(directory: Path | None, name: str, state: dict[str, Any]) ->
         )
     dtype = getattr(torch, state["dtype"])
     values = torch.from_file(str(path), shared=False, size=math.prod(state["shape"]), dtype=dtype).view(state["shape"])
-    if hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest() != state["sha256"]:
+    if hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest() != state["sha256"]:
         raise FulguriteError(
             f"The side file {str(path)!r} of {name}'s checkpoint has other contents than when the checkpoint was "
             f"written (its SHA-256 differs). Restore the original file."

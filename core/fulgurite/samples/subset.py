@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from fulgurite import lightning_adapter
 from fulgurite.errors import RefusedError
@@ -46,10 +46,10 @@ class TrainingSubset:
         Raises:
             RefusedError: If `indices` is empty, repeats an example, or the training data have no indices.
         """
-        if len(indices) == 0 or len(indices.unique()) != len(indices):
+        if len(indices) == 0 or len(indices.unique()) != len(indices) or int(indices.min()) < 0:
             raise RefusedError(
-                f"{self.user}: expected `indices` to name at least one example and none twice, but got {len(indices)} "
-                f"indices of {len(indices.unique())} examples."
+                f"{self.user}: expected `indices` to name at least one example, none twice and by no negative number, but "
+                f"got {len(indices)} indices of {len(indices.unique())} examples."
             )
         self._change(indices.clone(), None)
 
@@ -71,10 +71,11 @@ class TrainingSubset:
         self._change(None, None)
 
     def close(self) -> None:
-        """Leave the trainer as it was found."""
+        """Leave the trainer as it was found; an epoch that follows uses all examples."""
         if self._undo is not None:
             self._undo()
             self._undo = None
+            lightning_adapter.reload_train_loader(self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
@@ -91,8 +92,7 @@ class TrainingSubset:
             original = source.dataloader
 
             def dataloader() -> Any:
-                with lightning_adapter.capture_loader_arguments():
-                    return self._restricted(original())
+                return self._restricted(original())
 
             source.__dict__["dataloader"] = dataloader
             self._undo = lambda: source.__dict__.pop("dataloader", None)
@@ -101,22 +101,53 @@ class TrainingSubset:
     def _restricted(self, loader: Any) -> Any:
         if self.indices is None and self.weights is None:
             return loader
-        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
+        if (
+            not isinstance(loader, DataLoader)
+            or isinstance(loader.dataset, IterableDataset)
+            or not hasattr(loader.dataset, "__len__")
+        ):
             raise RefusedError(
                 f"{self.user} changes which training examples are used, which needs one DataLoader over a dataset with "
-                f"a length, but the training data are of type {type(loader).__name__}."
+                f"indices and a length, but the training data are {_describe(loader)}."
             )
-        size = len(loader.dataset)  # type: ignore[arg-type]
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+        if type(sampler).__name__ not in _REPLACEABLE:
+            raise RefusedError(
+                f"{self.user} changes which training examples are used by another sampler, but the training DataLoader "
+                f"has one of its own, {type(sampler).__name__}, which would be lost. Use shuffle=True or shuffle=False."
+            )
+        overfit_batches = self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if overfit_batches > 0:
+            raise RefusedError(
+                f"{self.user} changes which training examples are used, and so does overfit_batches={overfit_batches} of "
+                f"the trainer. Use one of them."
+            )
+        if not lightning_adapter.distributes_samples(self.trainer):
+            raise RefusedError(
+                f"{self.user} changes which training examples are used, and needs Lightning to divide them among "
+                f"{self.trainer.world_size} ranks, but the trainer has use_distributed_sampler=False. Remove that argument."
+            )
+        size = len(loader.dataset)
         if self.weights is not None and len(self.weights) != size:
             raise RefusedError(f"{self.user}: got {len(self.weights)} weights for {size} training examples.")
         if self.indices is not None and int(self.indices.max()) >= size:
             raise RefusedError(
                 f"{self.user}: index {int(self.indices.max())} is outside the training set of {size} examples."
             )
-        shuffle = not isinstance(loader.sampler, SequentialSampler)
+        shuffle = type(sampler).__name__ != "SequentialSampler"
         return lightning_adapter.with_sampler(
-            loader, SubsetSampler(size, self.indices, self.weights, shuffle, self.seed)
+            loader,
+            SubsetSampler(size, self.indices, self.weights, shuffle, self.seed, lambda: self.trainer.current_epoch),
         )
+
+
+_REPLACEABLE = ("SequentialSampler", "RandomSampler", "DistributedSampler", "StatefulDistributedSampler")
+"""Samplers that choose no examples, of torch and torchdata."""
+
+
+def _describe(loader: Any) -> str:
+    kind = type(loader).__name__
+    return f"of type {kind}" + (f" over {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else "")
 
 
 class SubsetSampler(Sampler[int]):
@@ -128,24 +159,29 @@ class SubsetSampler(Sampler[int]):
         weights: Weights `[N]` to draw by, or None.
         shuffle: Whether chosen examples come in a new order in each epoch.
         seed: The seed of order and draws.
+        epoch: Tells the epoch. It is asked, and not set by Lightning, which sets it after a resumed loader has been begun.
     """
 
-    def __init__(self, size: int, indices: Tensor | None, weights: Tensor | None, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        indices: Tensor | None,
+        weights: Tensor | None,
+        shuffle: bool,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
         self.indices = torch.arange(size) if indices is None else indices
         self.weights = weights
         self.shuffle = shuffle
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; Lightning calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         if self.weights is not None:
             chosen = torch.multinomial(self.weights.double(), len(self), replacement=True, generator=generator)
         elif self.shuffle:

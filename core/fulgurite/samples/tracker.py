@@ -24,7 +24,8 @@ class SampleTracker:
     The sampler is the one that Lightning finally uses, after it has put in a DistributedSampler; indices are therefore
     those of the dataset, per rank, in order. Workers fetch ahead and a resumed stateful loader skips ahead: when a batch
     leaves the loader, its indices are found by counting back from the newest index list by the number of batches in
-    flight, which both leave intact.
+    flight, which both leave intact. Every pass over the loader keeps its own account, so that somebody else may iterate the
+    same loader meanwhile.
 
     Args:
         user: Who needs the indices, for messages.
@@ -33,8 +34,8 @@ class SampleTracker:
     def __init__(self, user: str) -> None:
         self.user = user
         self.dataset_size = 0
-        self._drawn: deque[list[int]] = deque()
-        self._delivered: deque[list[int]] = deque()
+        self._begun: _Pass | None = None
+        self._delivering: _Pass | None = None
         self._undo: list[Callable[[], None]] = []
 
     def attach(self, loader: Any) -> None:
@@ -51,9 +52,7 @@ class SampleTracker:
                 f"in_order=False. Remove that argument."
             )
         self._undo = [
-            lightning_adapter.replace_batch_sampler(
-                loader, lambda inner: _RecordingBatchSampler(inner, self._begin_pass, self._drawn.append)
-            ),
+            lightning_adapter.replace_batch_sampler(loader, lambda inner: _RecordingBatchSampler(inner, self._begin)),
             lightning_adapter.after_each_batch(loader, self._deliver),
         ]
         self.dataset_size = len(loader.dataset)
@@ -63,11 +62,27 @@ class SampleTracker:
         for undo in self._undo:
             undo()
         self._undo = []
-        self._begin_pass()
+        self._begun = self._delivering = None
 
     def next(self) -> Tensor | None:
-        """Return the indices `[B]` of the next batch that has left the loader, or None if there is none."""
-        return torch.tensor(self._delivered.popleft(), dtype=torch.int64) if self._delivered else None
+        """Return the indices `[B]` of the next batch that has left the loader, or None if there is none.
+
+        Raises:
+            RefusedError: If the sampler yields something else than integers.
+        """
+        if self._delivering is None or not self._delivering.delivered:
+            return None
+        drawn = self._delivering.delivered.popleft()
+        try:
+            indices = torch.tensor(drawn, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            indices = torch.empty(0, 0)
+        if indices.ndim != 1:
+            raise RefusedError(
+                f"{self.user} needs the dataset index of each training example, but the sampler yields other keys, such "
+                f"as {drawn[0]!r}. Let the dataset be indexed by integers, or {self._way_out}."
+            )
+        return indices
 
     def check_loaders(self, trainer: pl.Trainer) -> None:
         """Refuse several training loaders: a batch would hold examples of more than one dataset."""
@@ -92,6 +107,11 @@ class SampleTracker:
                 f"{self.user} needs the dataset index of each training example, but {type(loader.dataset).__name__} is "
                 f"an IterableDataset: its examples have no index. Use a map-style dataset, or {self._way_out}."
             )
+        if not hasattr(loader.dataset, "__len__"):
+            raise RefusedError(
+                f"{self.user} needs to know how many training examples there are, but {type(loader.dataset).__name__} has "
+                f"no length. Give it `__len__`, or {self._way_out}."
+            )
         if loader.batch_sampler is None:
             raise RefusedError(
                 f"{self.user} needs the dataset index of each training example, but the training DataLoader has "
@@ -99,59 +119,62 @@ class SampleTracker:
                 f"{self._way_out}."
             )
 
-    def _begin_pass(self) -> None:
-        self._drawn.clear()
-        self._delivered.clear()
+    def _begin(self, begun: _Pass) -> None:
+        self._begun = begun
 
     def _deliver(self, iterator: Any) -> None:
+        own = lightning_adapter.index_iterator(iterator)
+        current = own if isinstance(own, _Pass) else self._begun  # torchdata may skip ahead with itertools.islice
+        if current is None:
+            return  # begun before the loader was attached
         ahead = lightning_adapter.in_flight(iterator)
-        while len(self._drawn) > ahead + 1:
-            self._drawn.popleft()
-        self._delivered.append(self._drawn.popleft())
+        while len(current.drawn) > ahead + 1:
+            current.drawn.popleft()
+        current.delivered.append(current.drawn.popleft())
+        self._delivering = current
 
 
 class _RecordingBatchSampler(BatchSampler):
-    """Looks like the batch sampler that it wraps, and reports every list of indices that is drawn from it."""
+    """Looks like the batch sampler that it wraps, and records each pass over it."""
 
-    def __init__(self, inner: Any, begin: Callable[[], None], report: Callable[[list[int]], None]) -> None:
-        self._inner = inner
-        self._begin = begin
-        self._report = report
+    def __init__(self, inner: Any, begin: Callable[[_Pass], None]) -> None:
+        self.__dict__.update(_inner=inner, _begin=begin)
+        _pass_state_through(self, inner)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_inner":
             raise AttributeError(name)
         return getattr(self._inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
     def __len__(self) -> int:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._begin()
-        inner = iter(self._inner)
-        stateful = hasattr(inner, "state_dict") and hasattr(inner, "load_state_dict")
-        return (_StatefulRecordingIterator if stateful else _RecordingIterator)(inner, self._report)
+        begun = _Pass(iter(self._inner))
+        self._begin(begun)
+        return begun
 
 
-class _RecordingIterator:
-    def __init__(self, inner: Iterator[list[int]], report: Callable[[list[int]], None]) -> None:
+class _Pass(Iterator[list[int]]):
+    """One pass over a batch sampler: what was drawn and is not delivered, and what was delivered and is not asked for."""
+
+    def __init__(self, inner: Iterator[list[int]]) -> None:
         self.inner = inner
-        self.report = report
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self
+        self.drawn: deque[list[int]] = deque()
+        self.delivered: deque[list[int]] = deque()
+        _pass_state_through(self, inner)
 
     def __next__(self) -> list[int]:
         indices = next(self.inner)
-        self.report(list(indices))
+        self.drawn.append(list(indices))
         return indices
 
 
-class _StatefulRecordingIterator(_RecordingIterator):
-    """Passes the state of torchdata's iterators through."""
-
-    def state_dict(self) -> Any:
-        return self.inner.state_dict()  # type: ignore[attr-defined]
-
-    def load_state_dict(self, state: Any) -> None:
-        self.inner.load_state_dict(state)  # type: ignore[attr-defined]
+def _pass_state_through(wrapper: Any, inner: Any) -> None:
+    """Make a wrapper stateful exactly if what it wraps is: torchdata asks by looking for these attributes."""
+    for name in ("state_dict", "load_state_dict"):
+        if hasattr(inner, name):
+            wrapper.__dict__[name] = getattr(inner, name)

@@ -200,7 +200,7 @@ class PSKD(Intervention):
     def _refine(self, call: LossCall, past: Tensor, alpha: float | Tensor) -> LossCall:
         soft = call.soften()
         targets = refine_targets(soft.targets, past, alpha)
-        entropy = torch.special.entr(targets.detach()).sum(dim=1).mean()
+        entropy = torch.special.entr(targets.detach()).sum() * (targets.shape[1] / targets.numel())
         self._entropy = entropy if self._entropy is None else self._entropy + entropy
         return soft.replace(targets=targets)
 
