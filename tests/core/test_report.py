@@ -14,7 +14,6 @@ from rich.console import Console
 from fulgurite.claims import Claim, Expectation, Setting, Variant, judge
 from fulgurite.records import CurvePoint, RunRecord
 from fulgurite.report import (
-    _band,
     better_direction,
     comparison_table,
     default_metrics,
@@ -27,6 +26,7 @@ from fulgurite.report import (
     terminal_tables,
     write_report,
 )
+from fulgurite.report.pictures import _band
 from fulgurite.statistics import PairedRatio
 
 VOID = {"meta", "img", "source", "br", "line"}
@@ -193,7 +193,8 @@ def test_report_is_one_self_contained_page_with_escaped_names(tmp_path):
     assert "\N{MINUS SIGN}1.0" in page.text
     assert page.tags.count("img") == 3
     assert "Only 3 seeds" in page.text
-    assert sorted(p.name for p in path.parent.iterdir()) == ["curves.png", "report.html", "results.csv", "results.json"]
+    files = ["curves.png", "report.html", "results.csv", "results.json", "results.md"]
+    assert sorted(p.name for p in path.parent.iterdir()) == files
     assert (path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -285,6 +286,23 @@ def test_claim_and_verdict_are_shown_per_setting(tmp_path):
     assert (tmp_path / "curves-1-clean.png").exists()
     assert (tmp_path / "curves-2-40-noise.png").exists()
     assert {row["measure"] for row in json.loads((tmp_path / "results.json").read_text())["comparison"]} >= {"val/nll"}
+
+
+def test_markdown_has_the_numbers_of_the_table_and_the_verdict(tmp_path):
+    claim = Claim(
+        "New is better.",
+        (Setting("clean", {}, (Variant("baseline"), Variant("<b>"))),),
+        3,
+        (Expectation("clean", "<b>", "baseline", "test/nll", "lower", 3, "NLL is lower"),),
+    )
+    records = [run(r.variant, r.seed, r.metrics["test/nll"], "clean") for r in three_seeds()]
+    write_report(tmp_path, "t", records, facts={"command": "fulgurite x"}, claim=claim, verdict=judge(claim, records))
+    text = (tmp_path / "results.md").read_text()
+    difference = comparison_table(records)[1].comparison
+    assert f"| NLL is lower | undecided | {difference} | 3/3 |" in text
+    assert f"| <b> | 1.00 ± 0.50<br>{difference} 3/3 |" in text
+    assert "**Inconclusive.**" in text
+    assert "command: fulgurite x." in text
 
 
 def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
