@@ -18,7 +18,7 @@ copyright = "The Fulgurite developers, Apache-2.0"
 version = release = fulgurite.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "measured"]  # what commands have measured, included by pages
 html_theme = "furo"
 html_title = "Fulgurite"
 html_math_renderer = "mathml"

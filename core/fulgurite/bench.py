@@ -120,7 +120,9 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.comparison not in get_args(Comparison):
-            raise ValueError(f"Expected `comparison` of Target to be 'ratio' or 'difference', but got {self.comparison!r}.")
+            raise ValueError(
+                f"Expected `comparison` of Target to be 'ratio' or 'difference', but got {self.comparison!r}."
+            )
 
     def judge(self, row: Row) -> Literal["met", "missed", "unclear"]:
         """Return whether the whole interval lies within the bounds, wholly outside, or across one of them."""
@@ -353,7 +355,9 @@ class _StepTimer(pl.Callback):
         self.seconds = math.nan
         self._starts: list[float] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.current_epoch < self.untimed_epochs:
             return
         if len(self._starts) == self.steps:
@@ -407,7 +411,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.network = nn.Sequential(*layers[:-1])
 
@@ -546,9 +550,7 @@ BENCH = Bench(
             name="An intervention that does nothing, on a very small network (batch 16)",
             blocks=_empty_interventions,
             reference="trainer alone",
-            targets=(
-                Target("Intervention()", "difference", at_most=30e-6),
-            ),
+            targets=(Target("Intervention()", "difference", at_most=30e-6),),
         ),
     )
 )
