@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -86,6 +87,7 @@ class Plugin:
         capabilities: What the method asks of a training loop, in words, for `fulgurite show`.
         claim: `"package.module:NAME"` of the paper's `fulgurite.claims.Claim`, or None.
         bench: `"package.module:NAME"` of the plugin's `fulgurite.bench.Bench`, or None.
+        conformance: `"package.module:NAME"` of a mapping from component names to `fulgurite.testing.Case`s, or None.
         card: File name of the method card, beside the manifest's package; None if there is none.
 
     Raises:
@@ -101,13 +103,14 @@ class Plugin:
     capabilities: tuple[str, ...] = ()
     claim: str | None = None
     bench: str | None = None
+    conformance: str | None = None
     card: str | None = None
 
     def __post_init__(self) -> None:
         _check(
             re.fullmatch(r"[a-z][a-z0-9_]*", self.name) is not None, "Plugin", "name", "a lower-case slug", self.name
         )
-        for field in ("claim", "bench"):
+        for field in ("claim", "bench", "conformance"):
             value = getattr(self, field)
             _check(value is None or _is_target(value), "Plugin", field, '"package.module:NAME" or None', value)
         names = [component.name for component in self.components]
@@ -142,6 +145,40 @@ class Plugin:
             return sorted(["plugin", *(component.name for component in self.components)])
 
         return module_getattr, module_dir
+
+
+def family_exports(package: str, path: Iterable[str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the module-level `__getattr__` and `__dir__` of a family: what the papers in its folder export, lazily.
+
+    A family's `__init__.py` is this one line; a paper that is added to the folder is exported without naming it.
+
+    Args:
+        package: The family's `__name__`.
+        path: The family's `__path__`.
+
+    Example:
+        >>> __getattr__, __dir__ = family_exports(__name__, __path__)  # doctest: +SKIP
+    """
+
+    def papers() -> dict[str, Any]:
+        names = (module.name for module in pkgutil.iter_modules(path) if module.ispkg)
+        return {name: importlib.import_module(f"{package}.{name}") for name in names}
+
+    def module_getattr(name: str) -> Any:
+        if not name.startswith("__"):
+            found = papers()
+            for paper in found.values():
+                if name in dir(paper) and name != "plugin":
+                    return getattr(paper, name)
+            if name in found:
+                return found[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def module_dir() -> list[str]:
+        found = papers()
+        return sorted({*found, *(name for paper in found.values() for name in dir(paper) if name != "plugin")})
+
+    return module_getattr, module_dir
 
 
 def load_target(target: str) -> Any:
