@@ -113,8 +113,8 @@ def _draw_curves(
             )
     _skip_transient(axes)
     axes.set_xlabel("optimizer steps" if view == "step" else f"{unit} of training, validation not counted")
-    axes.set_ylabel(_plain(name))
-    _dress(axes, theme)
+    axes.set_ylabel(plain_name(name))
+    dress(axes, theme)
 
 
 def _skip_transient(axes: Axes) -> None:
@@ -156,15 +156,16 @@ def _draw_finals(axes: Axes, theme: Theme, lines: Sequence[Line], records: Seque
             axes.plot(
                 [mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2.6, solid_capstyle="butt", zorder=3
             )
-    axes.set_yticks(range(len(lines)), [_plain(line.variant) for line in lines])
+    axes.set_yticks(range(len(lines)), [plain_name(line.variant) for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.set_xlabel(_plain(metric))
+    axes.set_xlabel(plain_name(metric))
     axes.locator_params(axis="x", nbins=5)
-    _dress(axes, theme)
+    dress(axes, theme)
     axes.grid(axis="y", visible=False)
 
 
-def _dress(axes: Axes, theme: Theme) -> None:
+def dress(axes: Axes, theme: Theme = LIGHT) -> None:
+    """Give axes a quiet grid and small labels in the theme's colours."""
     axes.set_facecolor("none")
     axes.grid(color=theme.grid, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -175,7 +176,7 @@ def _dress(axes: Axes, theme: Theme) -> None:
         spine.set(visible=side in ("left", "bottom"), color=theme.grid)
 
 
-def _plain(name: str, limit: int = 26) -> str:
+def plain_name(name: str, limit: int = 26) -> str:
     """Return a name that fits beside a plot and is not read as mathematics."""
     short = name if len(name) <= limit else name[: limit - 1] + "…"
     return short.replace("$", r"\$")
@@ -227,6 +228,6 @@ def overview(setting: str, records: Sequence[RunRecord], metrics: Sequence[str],
             draw(axes, LIGHT, lines)
             axes.set_title(caption, fontsize=9.5, color=LIGHT.text, loc="left")
     handles = [Line2D([], [], color=LIGHT.colours[x.colour], linestyle=x.linestyle, linewidth=1.9) for x in lines]
-    labels = [_plain(line.variant, 40) for line in lines]
+    labels = [plain_name(line.variant, 40) for line in lines]
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(lines)), frameon=False, fontsize=9.5)
     return png(figure, 110)
