@@ -87,6 +87,16 @@ def reload_train_loader(trainer: pl.Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
+def epochs_processed(trainer: pl.Trainer) -> int:
+    """Return the number of the epoch for which a training loader that is begun now draws, counted from 0.
+
+    Private: `fit_loop.epoch_progress`. `trainer.current_epoch` lags behind by one when a loader is begun in a run that was
+    resumed at the end of an epoch.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
+
+
 def train_source(trainer: pl.Trainer) -> Any:
     """Return the object whose `dataloader()` Lightning calls for training data.
 

@@ -216,4 +216,6 @@ skip_code(LossCapture.__torch_function__.__code__)
 def _reduction(arguments: Mapping[str, Any]) -> str:
     if arguments.get("size_average") is None and arguments.get("reduce") is None:
         return arguments.get("reduction", "mean")
-    return torch.nn._reduction.legacy_get_string(arguments.get("size_average"), arguments.get("reduce"))
+    return torch.nn._reduction.legacy_get_string(
+        arguments.get("size_average"), arguments.get("reduce"), emit_warning=False
+    )

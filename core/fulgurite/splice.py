@@ -40,7 +40,7 @@ class Splice(pl.Callback):
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, interventions: list[Intervention]) -> None:
-        self.trainer = trainer
+        self.trainer: Any = trainer  # Lightning declares no `callbacks` on its Trainer
         self.module = module
         self.interventions = interventions
         self.names = _distinct_names(interventions)
@@ -59,11 +59,12 @@ class Splice(pl.Callback):
     @staticmethod
     def of(trainer: pl.Trainer) -> Splice | None:
         """Return the splice of a trainer, if one is in place."""
-        return next((callback for callback in trainer.callbacks if isinstance(callback, Splice)), None)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Splice)), None)
 
     @classmethod
     def ensure(cls, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Splice:
-        """Return the trainer's splice; check all interventions and lay it if it is not there yet.
+        """Return the trainer's splice; lay it if it is not there yet, for `fit` after a check of all interventions.
 
         Raises:
             RefusedError: If some intervention would train wrongly in this trainer.
@@ -71,13 +72,15 @@ class Splice(pl.Callback):
         splice = cls.of(trainer)
         if splice is not None:
             return splice
-        interventions = [callback for callback in trainer.callbacks if isinstance(callback, Intervention)]
-        check(trainer, module, interventions)
+        found = trainer.callbacks  # type: ignore[attr-defined]
+        interventions = [callback for callback in found if isinstance(callback, Intervention)]
+        stage = str(getattr(stage, "value", stage))
+        if stage == "fit":
+            check(trainer, module, interventions)
         splice = cls(trainer, module, interventions)
-        found = trainer.callbacks
-        trainer.callbacks = [splice, *found]
+        trainer.callbacks = [splice, *found]  # type: ignore[attr-defined]
         splice._undo.append(lambda: splice._leave(found))
-        splice._lay(str(getattr(stage, "value", stage)))
+        splice._lay(stage)
         return splice
 
     @property
@@ -156,11 +159,16 @@ class Splice(pl.Callback):
         self._patch(module, "__getstate__", getstate)
 
     def _lay_surgery(self) -> None:
-        original = self.module.configure_model
+        original, operated = self.module.configure_model, False
 
-        # Not `functools.wraps`: Lightning would look through it, and skip the hook of a module that does not override it.
+        # Once, because WeightAveraging calls the hook too. Not `functools.wraps`: Lightning would look through it, and skip
+        # the hook of a module that does not override it.
         def configure_model() -> None:
+            nonlocal operated
             original()
+            if operated:
+                return
+            operated = True
             for intervention in self._hooks["operate"]:
                 with self._timing(intervention, "operate"):
                     intervention.operate(self.module)
@@ -257,7 +265,7 @@ class Splice(pl.Callback):
         wanted = (call.name, self._inside) if call.fn in FUNCTIONAL_LOSSES else (self._inside,)
         automatic = call.fn in FUNCTIONAL_LOSSES
         readers = [i for i in self._readers if (c := self._criterion(i)) in wanted or (c is None and automatic)]
-        if not readers or not call.outputs.requires_grad:
+        if not readers or not getattr(call.outputs, "requires_grad", True):
             return unchanged()
         if call.step.outputs is None:
             call.step.outputs, call.step.targets = call.outputs, call.targets
@@ -321,6 +329,8 @@ class Splice(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the named criteria, which may not have existed in `setup`."""
+        if self.updates == 0:  # an earlier `fit`, or a checkpoint that was saved when the splice was not there
+            self.updates = trainer.global_step
         self._lay_criteria()
         if self.tracker is not None:
             self.tracker.check_loaders(trainer)
@@ -348,6 +358,8 @@ class Splice(pl.Callback):
                 intervention.transform_gradients(pl_module, optimizer)
 
     def _after_update(self, counts: bool, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self not in self.trainer.callbacks:  # a tuner's trial step
+            return
         self.updates += counts
         for intervention in self._hooks["constrain"]:
             with self._timing(intervention, "constrain"):
@@ -393,7 +405,7 @@ class Splice(pl.Callback):
         return output
 
     def _add_penalties(self, step: Step, output: Any) -> Any:
-        total = step.loss
+        total: Any = step.loss
         for intervention in self._hooks["penalty"]:
             prefix = self.names[intervention]
             with (
@@ -407,7 +419,7 @@ class Splice(pl.Callback):
             for name, value in named.items():
                 total = total + value
                 self.module.log(f"{prefix}/{name}", value.detach())
-            self._trace(intervention, "penalty", lambda named=named: {k: float(v) for k, v in named.items()})
+            self._trace(intervention, "penalty", functools.partial(_floats, named))
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     # Evaluation
@@ -525,6 +537,10 @@ def _distinct_names(interventions: list[Intervention]) -> dict[Intervention, str
         same = sum(other.name == intervention.name for other in names)
         names[intervention] = intervention.name if same == 0 else f"{intervention.name}_{same + 1}"
     return names
+
+
+def _floats(named: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in named.items()}
 
 
 def _differences(before: LossCall, after: LossCall) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fulgurite import distributed
 from fulgurite.errors import FulguriteError
@@ -37,7 +38,8 @@ class FrozenCopy:
     """
 
     def __init__(self, module: pl.LightningModule, mode: Mode = "eval") -> None:
-        self.module = copy.deepcopy(module)
+        with _DetachedCopies():
+            self.module = copy.deepcopy(module)
         self.module.requires_grad_(False)
         self.module.train(mode == "train")
         self._buffers = dict(self.module.named_buffers()) if mode == "train" else {}
@@ -62,12 +64,14 @@ class FrozenCopy:
         saved = {key: value.clone() for key, value in self._buffers.items()}
         self.module._trainer = step.trainer
         arguments = (step.batch, step.batch_idx)[: self._arguments]
-        with torch.no_grad(), replayed(step.random_state, step.module.device), self._capture:
-            self.module.training_step(*arguments)
-        self.module._trainer = None
-        for key, value in saved.items():
-            self._buffers[key].copy_(value)
-        calls, self._calls, self._step = self._calls, [], None
+        try:
+            with torch.no_grad(), replayed(step.random_state, step.module.device), self._capture:
+                self.module.training_step(*arguments)
+        finally:
+            self.module._trainer = None
+            for key, value in saved.items():
+                self._buffers[key].copy_(value)
+            calls, self._calls, self._step = self._calls, [], None
         for call in calls:
             if call.name == name:
                 return call
@@ -76,6 +80,14 @@ class FrozenCopy:
             f"{', '.join(call.name for call in calls) or 'no loss'}). Its training_step must not depend on anything but "
             f"the batch, the weights and the random state."
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what holds a function that cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_capture"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._capture = LossCapture(self._observe)
 
     def _observe(self, fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         assert self._step is not None
@@ -98,6 +110,17 @@ class FrozenCopy:
         """Overwrite parameters and buffers."""
         for name, tensor in self.tensors().items():
             tensor.data.copy_(state[name])
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Lets a module be copied that keeps tensors with a graph, such as the outputs of an epoch; torch refuses to."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
 
 
 def _mute(*args: Any, **kwargs: Any) -> None:

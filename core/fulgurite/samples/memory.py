@@ -28,7 +28,7 @@ class SampleMemory:
 
     A row that is not finite is not stored (the old one stays); `rejected` counts them, on the device. On several ranks each
     rank writes into its own copy at once and reads what it wrote itself and what it got in the last `exchange`; there is
-    no second copy of the rows.
+    no second copy of the rows. All ranks make it together.
 
     Args:
         size: Number of examples `N` of the training set.
@@ -40,7 +40,7 @@ class SampleMemory:
         name: Who remembers, for messages and file names.
 
     Raises:
-        RefusedError: If the rows do not fit, with the number of bytes.
+        RefusedError: If the rows do not fit, with the number of bytes; or if ranks have training sets of different sizes.
     """
 
     def __init__(
@@ -54,6 +54,13 @@ class SampleMemory:
     ) -> None:
         if storage not in get_args(Storage):
             raise ValueError(f"Expected `storage` of {name} to be one of {get_args(Storage)}, but got {storage!r}.")
+        sizes = distributed.gather_objects(size)
+        if len(set(sizes)) > 1:
+            raise RefusedError(
+                f"{name} needs all ranks to train on one dataset, whose indices mean the same everywhere, but their "
+                f"training sets have {', '.join(f'{s:,}' for s in sizes)} examples. Give every rank the whole dataset and "
+                f"let a distributed sampler divide it."
+            )
         self.device = torch.device(device)
         self.name = name
         self.storage = _choose_storage(storage, size, shape, dtype, self.device, name)
@@ -243,7 +250,7 @@ class SampleMemory:
         return torch.cat(parts, dim=1)
 
     def _unpack_rows(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        return packed[:, 17:].contiguous().view(dtype).view(-1, *self.shape)
+        return packed.narrow_copy(1, 17, packed.shape[1] - 17).view(dtype).view(len(packed), *self.shape)
 
     def _apply(self, gathered: list[Tensor], dtype: torch.dtype) -> None:
         """Store what ranks have written; of several rows of one example, that of the lowest position."""
@@ -301,8 +308,9 @@ _UNKNOWN = -1
 
 def _unpack_header(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The indices, the positions, and whether each row has been written, of what `SampleMemory._pack` packed."""
-    index = packed[:, :8].contiguous().view(torch.int64).view(-1)
-    position = packed[:, 8:16].contiguous().view(torch.int64).view(-1)
+    # `contiguous` would not copy a single row, whose stride and offset fit no wider type
+    index = packed.narrow_copy(1, 0, 8).view(torch.int64).view(-1)
+    position = packed.narrow_copy(1, 8, 8).view(torch.int64).view(-1)
     return index, position, packed[:, 16].bool()
 
 
@@ -365,10 +373,12 @@ def _read_side_file(directory: Path | None, name: str, state: dict[str, Any]) ->
             f"{str(directory)!r}. Put the file there; it was written beside the checkpoint."
         )
     dtype = getattr(torch, state["dtype"])
-    values = torch.from_file(str(path), shared=False, size=math.prod(state["shape"]), dtype=dtype).view(state["shape"])
-    if hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest() != state["sha256"]:
-        raise FulguriteError(
-            f"The side file {str(path)!r} of {name}'s checkpoint has other contents than when the checkpoint was "
-            f"written (its SHA-256 differs). Restore the original file."
-        )
-    return values
+    size = math.prod(state["shape"])
+    if path.stat().st_size == size * dtype.itemsize:
+        values = torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(state["shape"])
+        if hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest() == state["sha256"]:
+            return values
+    raise FulguriteError(
+        f"The side file {str(path)!r} of {name}'s checkpoint has other contents than when the checkpoint was "
+        f"written (its SHA-256 differs). Restore the original file."
+    )

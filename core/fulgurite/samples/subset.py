@@ -137,7 +137,14 @@ class TrainingSubset:
         shuffle = type(sampler).__name__ != "SequentialSampler"
         return lightning_adapter.with_sampler(
             loader,
-            SubsetSampler(size, self.indices, self.weights, shuffle, self.seed, lambda: self.trainer.current_epoch),
+            SubsetSampler(
+                size,
+                self.indices,
+                self.weights,
+                shuffle,
+                self.seed,
+                lambda: lightning_adapter.epochs_processed(self.trainer),
+            ),
         )
 
 

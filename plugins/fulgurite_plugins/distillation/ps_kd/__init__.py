@@ -34,6 +34,7 @@ plugin = Plugin(
     ),
     claim=f"{__name__}.claim:CLAIM",
     bench=f"{__name__}.bench:BENCH",
+    conformance=f"{__name__}.conformance:CASES",
     card="CARD.md",
 )
 

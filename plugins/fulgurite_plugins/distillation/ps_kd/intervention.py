@@ -106,16 +106,19 @@ class PSKD(Intervention):
         """The kind of teacher and the criterion tell two instances apart."""
         return {"teacher": self.teacher, "criterion": self.criterion}
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget what the training of another trainer has left; a checkpoint is restored after this."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self.memory = self.snapshot = self._restored = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the ramp has an end; bring back a snapshot, or forget what an earlier training has left."""
+        """Check that the ramp has an end, and bring back a snapshot."""
         self._side_directory = Path(trainer.default_root_dir)
         if self.schedule.shape != "constant" and math.isinf(self._progress(trainer)[1]):
             raise RefusedError(
                 "PSKD: the planned number of epochs is not known (the trainer has neither max_epochs nor max_steps), so "
                 "that the ramp of alpha has no end. Pass total_epochs, or a constant Schedule."
             )
-        if self._restored is None and trainer.current_epoch == 0:
-            self.memory = self.snapshot = None
         if self._restored is not None and "snapshot" in self._restored:
             self.snapshot = FrozenCopy(pl_module, self.snapshot_mode)
             self.snapshot.load_state_dict(self._restored["snapshot"])
@@ -219,6 +222,7 @@ class PSKD(Intervention):
                 f"examples in between. {instead}"
             )
         given = call.step.targets  # the user's own, before other plugins softened them
+        assert given is not None
         if self._batches == 1 and given.is_floating_point() and bool((given.amax(dim=1) < 1.0).any()):
             raise RefusedError(
                 f"PSKD(teacher='memory') got probability targets that are not one-hot, as mixup makes them: the prediction "
