@@ -13,12 +13,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fulgurite import lightning_adapter
+from fulgurite.compatibility import check, distinct_names
+from fulgurite.criteria import Criteria, observed
 from fulgurite.errors import RefusedError
-from fulgurite.intervention import HOOKS, Intervention, Step, named_losses
-from fulgurite.losses import FUNCTIONAL_LOSSES, LossCall, LossCapture
+from fulgurite.intervention import HOOKS, Intervention, Step
 from fulgurite.random import get_random_state
 from fulgurite.samples import SampleTracker
 
@@ -43,7 +44,7 @@ class Splice(pl.Callback):
         self.trainer: Any = trainer  # Lightning declares no `callbacks` on its Trainer
         self.module = module
         self.interventions = interventions
-        self.names = _distinct_names(interventions)
+        self.names = distinct_names(interventions)
         self.updates = 0
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.timed = False
@@ -52,9 +53,7 @@ class Splice(pl.Callback):
         self._step: Step | None = None
         self._hooks: dict[str, list[Intervention]] = {}
         self._laid: dict[str, Any] = {}
-        self._readers: list[Intervention] = []
-        self._matched: dict[Intervention, str] = {}
-        self._inside: str | None = None
+        self._criteria: Criteria | None = None
 
     @staticmethod
     def of(trainer: pl.Trainer) -> Splice | None:
@@ -111,7 +110,9 @@ class Splice(pl.Callback):
             self._lay_training()
         if self._hooks["on_evaluation_loss"]:
             for method in ("validation_step", "test_step"):
-                self._patch(self.module, method, self._wrap_evaluation(getattr(self.module, method)))
+                original = getattr(self.module, method)
+                wrapped = observed(original, self._hooks["on_evaluation_loss"], self.names, self._evaluation_step)
+                self._patch(self.module, method, wrapped)
 
     def _lay_training(self) -> None:
         module, hooks = self.module, self._hooks
@@ -122,11 +123,11 @@ class Splice(pl.Callback):
                 self.trainer.strategy, "process_dataloader", self._track(self.trainer.strategy.process_dataloader)
             )
             self._undo.append(self.tracker.detach)
-        self._readers = [i for i in self.interventions if i.capabilities.reads_loss or i in hooks["on_loss"]]
+        readers = [i for i in self.interventions if i.capabilities.reads_loss or i in hooks["on_loss"]]
+        if readers:
+            self._criteria = Criteria(module, readers, self.names, self._patch, self._timing, self._trace)
         self._replays = any(i.capabilities.replays_step for i in self.interventions)
-        self._capture = LossCapture(self._on_functional_loss)
-        self._whole_step = any(self._criterion(i) in (None, *_FUNCTION_NAMES) for i in self._readers)
-        acts = bool(self._readers or hooks["transform_batch"] or hooks["penalty"])
+        acts = bool(readers or hooks["transform_batch"] or hooks["penalty"])
         self._needs_step = acts or self._replays or self.tracker is not None
         if acts:
             if lightning_adapter.takes_iterator(module):
@@ -196,7 +197,12 @@ class Splice(pl.Callback):
         """Leave module, loaders and trainer as they were found."""
         while self._undo:
             self._undo.pop()()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
         self._step = None
+        if self._criteria is not None:
+            self._criteria.step = None
 
     def _leave(self, found: list[pl.Callback]) -> None:
         others = [callback for callback in self.trainer.callbacks if callback is not self]
@@ -209,105 +215,6 @@ class Splice(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take everything out."""
         self.remove()
-
-    # Criteria
-
-    def _criterion(self, intervention: Intervention) -> str | None:
-        """The name of the criterion: the user's word, else that of a Fulgurite task, else None: to be found."""
-        return intervention.criterion or getattr(type(self.module), "fulgurite_criterion", None)
-
-    def _lay_criteria(self) -> None:
-        """Wrap the criteria that are named as attributes; they may not have existed in `setup`."""
-        for name in {self._criterion(intervention) for intervention in self._readers} - {None, *_FUNCTION_NAMES}:
-            criterion = getattr(self.module, str(name), None)
-            if not callable(criterion):
-                users = ", ".join(self.names[i] for i in self._readers if self._criterion(i) == name)
-                raise RefusedError(
-                    f"{users}: expected `criterion` to name a callable attribute of {type(self.module).__name__} or a loss "
-                    f"of torch.nn.functional, but got {name!r}{'' if criterion is None else ' (not callable)'}. "
-                    f"{self._loss_modules()}"
-                )
-            owner, attribute = (criterion, "forward") if isinstance(criterion, nn.Module) else (self.module, str(name))
-            functional = isinstance(criterion, nn.modules.loss._Loss)
-            self._patch(owner, attribute, self._wrap_criterion(str(name), getattr(owner, attribute), functional))
-
-    def _wrap_criterion(self, name: str, original: Callable[..., Tensor], functional: bool) -> Callable[..., Tensor]:
-        @functools.wraps(original)
-        def criterion(*args: Any, **kwargs: Any) -> Tensor:
-            step = self._step
-            if step is None or step.loss is not None or not torch.is_grad_enabled():
-                return original(*args, **kwargs)
-            self._inside = name
-            try:
-                if not functional:
-                    if len(args) < 2:
-                        raise RefusedError(
-                            f"Expected the criterion {name!r} of {type(self.module).__name__} to be called as (outputs, "
-                            f"targets, ...), but it got {len(args)} positional arguments. Pass both by position."
-                        )
-                    call = LossCall(original, args[0], args[1], kwargs, name, step)
-                    return self._on_loss(call, lambda: original(*args, **kwargs))
-                with nullcontext() if self._whole_step else self._capture:
-                    return original(*args, **kwargs)
-            finally:
-                self._inside = None
-
-        return torch.compiler.disable(criterion)
-
-    def _on_functional_loss(self, fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        step = self._step
-        if step is None or not torch.is_grad_enabled():
-            return fn(*args, **kwargs)
-        return self._on_loss(LossCall.bound(fn, args, kwargs, step), lambda: fn(*args, **kwargs))
-
-    def _on_loss(self, call: LossCall, unchanged: Callable[[], Tensor]) -> Tensor:
-        """Let the interventions that this call concerns change it, in order, and make it."""
-        wanted = (call.name, self._inside) if call.fn in FUNCTIONAL_LOSSES else (self._inside,)
-        automatic = call.fn in FUNCTIONAL_LOSSES
-        readers = [i for i in self._readers if (c := self._criterion(i)) in wanted or (c is None and automatic)]
-        if not readers or not getattr(call.outputs, "requires_grad", True):
-            return unchanged()
-        if call.step.outputs is None:
-            call.step.outputs, call.step.targets = call.outputs, call.targets
-        found = call
-        for intervention in readers:
-            self._match(intervention, call.name)
-            if intervention in self._hooks["on_loss"]:
-                with self._timing(intervention, "on_loss"):
-                    changed = intervention.on_loss(call)
-                if not isinstance(changed, LossCall):
-                    raise TypeError(
-                        f"Expected `on_loss` of {self.names[intervention]} to return a LossCall, but got "
-                        f"{type(changed).__name__}. Return the call that shall be made; `return call` changes nothing."
-                    )
-                self._trace_loss(intervention, call, changed)
-                call = changed
-        return unchanged() if call is found else call.evaluate()
-
-    def _match(self, intervention: Intervention, name: str) -> None:
-        if intervention in self._matched:
-            raise RefusedError(
-                f"{self.names[intervention]}: the training step of {type(self.module).__name__} calls several losses "
-                f"({self._matched[intervention]}, {name}), and which of them is meant is not clear. Name one with "
-                f"`criterion=`: an attribute of the module that is called once in a step (such as self.main_loss), or a "
-                f"function of torch.nn.functional. {self._loss_modules()}"
-            )
-        self._matched[intervention] = name
-
-    def _check_found(self) -> None:
-        for intervention in self._readers:
-            if intervention not in self._matched:
-                name = self._criterion(intervention)
-                raise RefusedError(
-                    f"{self.names[intervention]}: the training step of {type(self.module).__name__} returned a loss, but "
-                    f"no call of {'a loss of torch.nn.functional' if name is None else repr(name)} with outputs that "
-                    f"require gradients was seen. Name the criterion with `criterion=`: an attribute of the module that "
-                    f"is called as (outputs, targets). {self._loss_modules()}"
-                )
-
-    def _loss_modules(self) -> str:
-        known = named_losses(self.module)
-        return f"Loss modules found: {', '.join(known)}." if known else "It has no loss modules as attributes."
 
     # Training
 
@@ -331,7 +238,8 @@ class Splice(pl.Callback):
         """Find the named criteria, which may not have existed in `setup`."""
         if self.updates == 0:  # an earlier `fit`, or a checkpoint that was saved when the splice was not there
             self.updates = trainer.global_step
-        self._lay_criteria()
+        if self._criteria is not None:
+            self._criteria.lay()
         if self.tracker is not None:
             self.tracker.check_loaders(trainer)
 
@@ -347,7 +255,7 @@ class Splice(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Forget the step, and with it the graph that it may hold."""
-        self._step = None
+        self._forget_step()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -380,7 +288,6 @@ class Splice(pl.Callback):
     def _run_step(self, step: Step, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hooks = self._hooks
         step.updates, step.outputs, step.targets, step.loss = self.updates, None, None, None
-        self._matched = {}
         if args:
             step.batch, rest = args[0], args[1:]
         else:
@@ -390,16 +297,17 @@ class Splice(pl.Callback):
                 step.batch = intervention.transform_batch(step.batch, step)
         if self._replays:
             step.random_state = get_random_state(self.module.device)
-        if self._whole_step:
-            with self._capture:
-                output = original(step.batch, *rest, **kwargs)
-        else:
+        if self._criteria is None:
             output = original(step.batch, *rest, **kwargs)
+        else:
+            self._criteria.step = step
+            with self._criteria.watching():
+                output = original(step.batch, *rest, **kwargs)
         if output is None:
             return None
         step.loss = output["loss"] if isinstance(output, Mapping) else output
-        if self._readers:
-            self._check_found()
+        if self._criteria is not None:
+            self._criteria.check_found()
         if hooks["penalty"]:
             output = self._add_penalties(step, output)
         return output
@@ -424,89 +332,20 @@ class Splice(pl.Callback):
 
     # Evaluation
 
-    def _wrap_evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        observers = self._hooks["on_evaluation_loss"]
-        calls: list[LossCall] = []
-        step = Step(self.trainer, self.module, None, 0, 0)
-
-        def observe(fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            calls.append(LossCall.bound(fn, args, kwargs, step))
-            return fn(*args, **kwargs)
-
-        capture = LossCapture(observe)
-
-        @functools.wraps(original)
-        def evaluation_step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal step
-            if self not in self.trainer.callbacks:
-                return original(*args, **kwargs)
-            calls.clear()
-            batch = args[0] if args else kwargs.get("batch")
-            step = Step(self.trainer, self.module, batch, args[1] if len(args) > 1 else 0, self.updates)
-            with capture:
-                result = original(*args, **kwargs)
-            if not calls:
-                raise RefusedError(
-                    f"{', '.join(self.names[o] for o in observers)}: {type(self.module).__name__}.{original.__name__} "
-                    f"called no loss of torch.nn.functional, so that its outputs and targets are not known. Compute the "
-                    f"loss there too."
-                )
-            for observer in observers:
-                for call in calls:
-                    observer.on_evaluation_loss(call)
-            return result
-
-        return evaluation_step
+    def _evaluation_step(self, batch: Any, batch_idx: int) -> Step | None:
+        if self not in self.trainer.callbacks:
+            return None
+        return Step(self.trainer, self.module, batch, batch_idx, self.updates)
 
     # Cost and trace
 
     def _timing(self, intervention: Intervention, hook: str) -> Any:
         return _Timer(self.seconds, (self.names[intervention], hook)) if self.timed else _NO_TIMER
 
-    def _trace_loss(self, intervention: Intervention, before: LossCall, after: LossCall) -> None:
-        self._trace(intervention, "on_loss", lambda: _differences(before, after))
-
     def _trace(self, intervention: Intervention, hook: str, describe: Callable[[], Any]) -> None:
         if log.isEnabledFor(logging.DEBUG):
             step = self._step.batch_idx if self._step is not None else "?"
             log.debug("batch %s: %s.%s: %s", step, self.names[intervention], hook, describe())
-
-
-def check(trainer: pl.Trainer, module: pl.LightningModule, interventions: list[Intervention]) -> None:
-    """Refuse, before training, a mixture that would train wrongly.
-
-    Raises:
-        RefusedError: Naming the plugins, what was found and what to change.
-    """
-    names = _distinct_names(interventions)
-    strategy = lightning_adapter.strategy_name(trainer)
-    precision = lightning_adapter.precision_name(trainer)
-    owners: dict[str, str] = {}
-    for intervention in interventions:
-        name, wants = names[intervention], intervention.capabilities
-        if strategy in wants.refused_strategies:
-            raise RefusedError(
-                f"{name} cannot be used with the strategy {strategy!r}: {wants.refused_strategies[strategy]}"
-            )
-        if precision in wants.refused_precisions:
-            raise RefusedError(
-                f"{name} cannot be used with precision={precision!r}: {wants.refused_precisions[precision]}"
-            )
-        if not module.automatic_optimization:
-            if not wants.manual_optimization:
-                raise RefusedError(
-                    f"{name} cannot be used with manual optimization (automatic_optimization=False in "
-                    f"{type(module).__name__}). Remove the plugin, or let Lightning step the optimizer."
-                )
-            if intervention.overrides("penalty"):
-                raise RefusedError(
-                    f"{name} adds a penalty to the loss that training_step returns, but {type(module).__name__} optimises "
-                    f"manually: its backward pass is over by then. Remove the plugin, or let Lightning step the optimizer."
-                )
-        for item in wants.exclusive:
-            if item in owners:
-                raise RefusedError(f"{owners[item]} and {name} both take the {item} for themselves. Use one of them.")
-            owners[item] = name
 
 
 class _Timer:
@@ -527,31 +366,7 @@ class _Timer:
 
 _NO_TIMER = nullcontext()
 _ABSENT = object()
-_FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONAL_LOSSES)
-
-
-def _distinct_names(interventions: list[Intervention]) -> dict[Intervention, str]:
-    """The name of each intervention; the second of two with one name is called `name_2`."""
-    names: dict[Intervention, str] = {}
-    for intervention in interventions:
-        same = sum(other.name == intervention.name for other in names)
-        names[intervention] = intervention.name if same == 0 else f"{intervention.name}_{same + 1}"
-    return names
 
 
 def _floats(named: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in named.items()}
-
-
-def _differences(before: LossCall, after: LossCall) -> str:
-    def describe(value: Any) -> str:
-        if isinstance(value, Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        return getattr(value, "__name__", repr(value))
-
-    changes = [
-        f"{field} {describe(getattr(before, field))} -> {describe(getattr(after, field))}"
-        for field in ("fn", "outputs", "targets")
-        if getattr(before, field) is not getattr(after, field)
-    ]
-    return "; ".join(changes) or "unchanged"

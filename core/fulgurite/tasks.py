@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LightningModules whose network, criterion, metrics, optimizer and schedule are injected, in code or from a command line."""
+"""LightningModules whose network, criterion, metrics, optimizer and schedule are injected, in code or on a command line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Task(pl.LightningModule):
     ) -> None:
         super().__init__()
         if lr_interval not in ("epoch", "step"):
-            raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
+            raise ValueError(
+                f"Expected `lr_interval` of {type(self).__name__} to be 'epoch' or 'step', but got {lr_interval!r}."
+            )
         self.network = network
         self.criterion = criterion
         self.val_metrics = metrics.clone(prefix="val/")
@@ -92,6 +94,10 @@ class Task(pl.LightningModule):
         """Return the outputs for a batch `(inputs, ...)`, or for inputs alone."""
         return self(batch[0] if isinstance(batch, list | tuple) else batch)
 
+    def measured(self, outputs: Tensor) -> Tensor:
+        """Return what the metrics are given of the outputs."""
+        return outputs
+
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule."""
         optimizer = self.make_optimizer(self.parameters())
@@ -105,7 +111,7 @@ class Task(pl.LightningModule):
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, loss_name: str) -> None:
         result = self.step(batch)
-        metrics.update(result.outputs, result.targets)
+        metrics.update(self.measured(result.outputs), result.targets)
         self.log(loss_name, result.loss, on_epoch=True, batch_size=len(result.inputs), sync_dist=True)
         self.log_dict(metrics, on_step=False, on_epoch=True)
 
@@ -133,7 +139,8 @@ class Classification(Task):
         lr_interval: Whether the schedule advances per `"epoch"` or per `"step"`.
 
     Raises:
-        ValueError: If no network is given and `input_shape` is not known, or both criterion and smoothing are given.
+        ValueError: If an argument is outside its range, no network is given and `input_shape` is not known, or both
+            criterion and smoothing are given.
 
     Example:
         >>> Classification(num_classes=10, input_shape=(1, 8, 8)).network[-1].out_features
@@ -151,16 +158,28 @@ class Classification(Task):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
     ) -> None:
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(
+                f"Expected `num_classes` of Classification to be a positive integer, but got {num_classes!r}: give it, or "
+                f"data with an attribute of that name."
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(
+                f"Expected `label_smoothing` of Classification to be in [0, 1], but got {label_smoothing!r}."
+            )
         if not isinstance(network, nn.Module):
             if input_shape is None:
-                raise ValueError("Expected `input_shape` for a network that is yet to be made, but got None.")
+                raise ValueError(
+                    "Expected `input_shape` of Classification for a network that is yet to be made, but got None: give it, "
+                    "or a network that is made already."
+                )
             network = (network or MLP)(input_shape, num_classes)
         if criterion is None:
             criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         elif label_smoothing:
             raise ValueError(
-                f"Expected `label_smoothing` to be 0 when a criterion is given, but got {label_smoothing}. Set it on the "
-                f"criterion."
+                f"Expected `label_smoothing` of Classification to be 0 when a criterion is given, but got "
+                f"{label_smoothing}. Set it on the criterion."
             )
         metrics = MetricCollection(
             {
@@ -175,6 +194,10 @@ class Classification(Task):
         )
         super().__init__(network, criterion, metrics, optimizer, lr_scheduler, lr_interval)
         self.num_classes = num_classes
+
+    def measured(self, outputs: Tensor) -> Tensor:
+        """Return log-probabilities `[B, C]`: torchmetrics takes logits that all lie in [0, 1] for probabilities."""
+        return outputs.float().log_softmax(dim=1)
 
 
 class ErrorRate(MulticlassAccuracy):

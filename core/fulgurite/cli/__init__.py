@@ -62,6 +62,9 @@ def _dispatch(command: str, argv: list[str]) -> int:
         return 0
     if command not in _COMMANDS:
         raise FulguriteError(f"No command {command!r}.{nearest(command, _COMMANDS)} `fulgurite --help` shows all.")
+    if _COMMANDS[command][0] in ("train", "compare") and not {"", os.getcwd()} & set(sys.path):
+        # A configuration may name classes of the user's own files; they are found as `python -m` finds them.
+        sys.path.insert(0, os.getcwd())
     module = importlib.import_module(f"fulgurite.cli.{_COMMANDS[command][0]}")
     return int(module.run(command, argv))
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fulgurite check`: the conformance kit on installed plugins."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from fulgurite.errors import FulguriteError, nearest
+from fulgurite.files import write_whole
+from fulgurite.plugin import Component, Plugin
+from fulgurite.registry import registry
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fulgurite.testing.check import Result
+
+_STYLES = {"pass": "green", "fail": "bold red", "inapplicable": "dim"}
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run every applicable check on every component of the named plugins; return 1 if one fails, else 0."""
+    parser = argparse.ArgumentParser(
+        prog=f"fulgurite {command}",
+        description="Hold plugins to what users of Lightning expect of them. Exit status 1: some check failed.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="plugins or components; by default all plugins")
+    parser.add_argument("--quick", action="store_true", help="leave out the checks that take long")
+    parser.add_argument("--only", action="append", metavar="CHECK", help="run this check only; may be repeated")
+    parser.add_argument("--list", action="store_true", help="list the checks, and what each protects from")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write a JUnit XML file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    arguments = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from fulgurite.testing import all_checks
+
+    console = Console(stderr=arguments.json)
+    known = all_checks()
+    if arguments.list:
+        for found in known.values():
+            print(
+                f"{found.name} ({', '.join(found.kinds)}{'' if found.quick else '; not in --quick'}): {found.promise}"
+            )
+        return 0
+    for name in set(arguments.only or ()) - set(known):
+        raise FulguriteError(f"No check {name!r}.{nearest(name, known)} `fulgurite check --list` shows all.")
+    results = list(_check(_subjects(arguments.names), arguments.only, arguments.quick, console))
+    failures = [result for result in results if result.status == "fail"]
+    if arguments.json:
+        json.dump([asdict(result) for result in results], sys.stdout, indent=1)
+        print()
+    else:
+        _print(console, results)
+    if arguments.junit:
+        write_whole(arguments.junit, junit(results))
+    if arguments.markdown:
+        words = " ".join(["fulgurite", command, *argv])
+        write_whole(arguments.markdown, markdown(words, results))
+    return int(bool(failures))
+
+
+def _subjects(names: Sequence[str]) -> list[tuple[Plugin, Component]]:
+    """Return the components of the named plugins, or named components; those of all plugins if none is named.
+
+    Raises:
+        FulguriteError: If a name is neither, or a plugin that is to be checked cannot be used.
+    """
+    if not names:
+        plugins = registry().plugins()
+        if registry().problems():
+            raise FulguriteError("; ".join(f"plugin {name!r}: {why}" for name, why in registry().problems().items()))
+        return [(plugin, component) for plugin in plugins for component in plugin.components]
+    slugs = {entry.name for entry in registry().entries}
+    found = []
+    for name in names:
+        if name in slugs:
+            plugin = registry().plugin(name)
+            found += [(plugin, component) for component in plugin.components]
+        else:
+            found.append(registry().find(name))
+    return found
+
+
+def _check(
+    subjects: Sequence[tuple[Plugin, Component]], only: Sequence[str] | None, quick: bool, console: Console
+) -> Iterator[Result]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fulgurite.testing import check_component
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(subjects))
+        for plugin, component in subjects:
+            progress.update(task, description=f"{plugin.name}.{component.name}")
+            for result in check_component(component, plugin, names=only, quick=quick):
+                progress.update(task, description=f"{plugin.name}.{result.subject}: {result.check}")
+                yield result
+            progress.advance(task)
+
+
+def _print(console: Console, results: Sequence[Result]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(header_style="bold")
+    for name in ("component", "check", "result", "why"):
+        table.add_column(name, overflow="fold")
+    previous = ""
+    for result in results:
+        subject = f"{result.plugin}.{result.subject}"
+        if subject != previous:
+            table.add_section()
+        shown = "" if subject == previous else subject
+        table.add_row(Text(shown), result.check, Text(result.status, _STYLES[result.status]), Text(result.reason))
+        previous = subject
+    console.print(table)
+    for result in results:
+        if result.status == "fail":
+            console.print(f"\n{result.plugin}.{result.subject}, {result.check}:", style="bold", markup=False)
+            console.print(result.detail, markup=False, highlight=False)
+    console.print(_counts(results))
+
+
+def _counts(results: Sequence[Result]) -> str:
+    counts = Counter(result.status for result in results)
+    subjects = len({(result.plugin, result.subject) for result in results})
+    seconds = sum(result.seconds for result in results)
+    return (
+        f"{len(results)} checks on {subjects} subjects in {seconds:.0f} s: {counts['pass']} passed, "
+        f"{counts['fail']} failed, {counts['inapplicable']} inapplicable."
+    )
+
+
+def junit(results: Sequence[Result]) -> str:
+    """Return the results as JUnit XML: a suite per plugin, a case per check of a component."""
+    suites = ElementTree.Element("testsuites")
+    for plugin in dict.fromkeys(result.plugin for result in results):
+        mine = [result for result in results if result.plugin == plugin]
+        suite = ElementTree.SubElement(suites, "testsuite", name=plugin, tests=str(len(mine)))
+        suite.set("failures", str(sum(result.status == "fail" for result in mine)))
+        suite.set("skipped", str(sum(result.status == "inapplicable" for result in mine)))
+        for result in mine:
+            case = ElementTree.SubElement(
+                suite,
+                "testcase",
+                classname=f"{plugin}.{result.subject}",
+                name=result.check,
+                time=f"{result.seconds:.3f}",
+            )
+            if result.status == "fail":
+                ElementTree.SubElement(case, "failure", message=result.reason).text = result.detail
+            elif result.status == "inapplicable":
+                ElementTree.SubElement(case, "skipped", message=result.reason)
+    return ElementTree.tostring(suites, encoding="unicode") + "\n"
+
+
+def markdown(command: str, results: Sequence[Result]) -> str:
+    """Return a table per kind of component, checks by subjects, and the reasons below it."""
+    parts = [f"```console\n{command}\n```", _counts(results)]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    by_subject: dict[str, dict[str, Result]] = {}
+    for result in results:
+        by_subject.setdefault(f"{result.plugin}.{result.subject}", {})[result.check] = result
+    for subject, mine in by_subject.items():
+        groups.setdefault(tuple(mine), []).append(subject)
+    marks = {"pass": "✓", "fail": "✗", "inapplicable": "–"}
+    for checks, subjects in groups.items():
+        lines = [f"| check | {' | '.join(f'`{subject}`' for subject in subjects)} |", f"|---|{':-:|' * len(subjects)}"]
+        lines += [f"| {name} | {' | '.join(marks[by_subject[s][name].status] for s in subjects)} |" for name in checks]
+        parts.append("\n".join(lines))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if result.reason:
+            reasons.setdefault((result.check, result.reason), []).append(f"`{result.subject}`")
+    if reasons:
+        lines = [f"- {name}, {', '.join(who)}: {why}" for (name, why), who in reasons.items()]
+        parts.append("\n".join(["Failed (✗) or inapplicable (–), and why:", "", *lines]))
+    return "\n\n".join(parts) + "\n"
