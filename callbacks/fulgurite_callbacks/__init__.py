@@ -28,6 +28,7 @@ plugin = Plugin(
         ),
     ),
     capabilities=("reads what is computed and logged; changes neither training nor the random numbers",),
+    conformance=f"{__name__}.conformance:CASES",
 )
 
 __getattr__, __dir__ = plugin.exports()

@@ -36,6 +36,21 @@ def callbacks() -> list[object]:
     return found
 
 
+def refuse_if_set() -> None:
+    """Refuse to measure while the variable adds something to every training, the baseline included.
+
+    Raises:
+        FulguriteError: If the variable is set.
+    """
+    if os.environ.get(VARIABLE, "").strip():
+        from fulgurite.errors import FulguriteError
+
+        raise FulguriteError(
+            f"The environment variable {VARIABLE}={os.environ[VARIABLE]!r} would be added to every training, the baseline "
+            f"included. Unset it, and name additions on the command line."
+        )
+
+
 def _is_callback(found: object) -> bool:
     """Whether it behaves like a callback; `lightning.pytorch` and `pytorch_lightning` have a class of their own each."""
     return all(hasattr(found, name) for name in ("state_key", "setup", "on_train_batch_end", "on_fit_end"))

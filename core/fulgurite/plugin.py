@@ -87,7 +87,8 @@ class Plugin:
         capabilities: What the method asks of a training loop, in words, for `fulgurite show`.
         claim: `"package.module:NAME"` of the paper's `fulgurite.claims.Claim`, or None.
         bench: `"package.module:NAME"` of the plugin's `fulgurite.bench.Bench`, or None.
-        conformance: `"package.module:NAME"` of a mapping from component names to `fulgurite.testing.Case`s, or None.
+        conformance: `"package.module:NAME"` of a mapping from the names of components to a `fulgurite.testing.Case`
+            or several, or None.
         card: File name of the method card, beside the manifest's package; None if there is none.
 
     Raises:

@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(config, tmp_path, c
     ended = threading.Event()
 
     def interrupt():
-        while not (path.exists() or ended.is_set()):
+        while not ((path.exists() and path.read_text().endswith("\n")) or ended.is_set()):
             time.sleep(0.01)
         if not ended.is_set():
             os.kill(os.getpid(), signal.SIGINT)
@@ -216,3 +216,13 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(config, tmp_path, c
     assert status == 130
     assert f"kept in {path}; the same command goes on" in capsys.readouterr().out
     assert 1 <= len(read_records(path)) < 10
+
+
+@pytest.mark.parametrize(
+    "words", [["compare", "--add", "PSKD"], ["reproduce", "ps_kd"], ["bench", "core", "--rounds", "1"]]
+)
+def test_a_variable_that_would_be_added_to_the_baseline_too_is_refused(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FULGURITE", "PSKD")
+    assert main(words) == (3 if words[0] == "reproduce" else 2)
+    assert "FULGURITE='PSKD' would be added to every training" in capsys.readouterr().err

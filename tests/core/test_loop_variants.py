@@ -128,8 +128,13 @@ def test_micro_batches_equal_one_large_batch():
 
     def run(batch_size: int, accumulate: int) -> Tensor:
         module = Plain()
-        fit(module, [PSKD()], helpers.loader(batch_size=batch_size, shuffle=False), epochs=3,
-            accumulate_grad_batches=accumulate)
+        fit(
+            module,
+            [PSKD()],
+            helpers.loader(batch_size=batch_size, shuffle=False),
+            epochs=3,
+            accumulate_grad_batches=accumulate,
+        )
         return weights(module)
 
     torch.testing.assert_close(run(20, 1), run(10, 2), rtol=1e-5, atol=1e-6)

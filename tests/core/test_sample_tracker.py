@@ -210,7 +210,10 @@ def test_workers_of_a_pass_that_is_cut_short_stop_without_the_garbage_collector(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_in_the_middle_of_an_epoch_and_sanity_check(workers):
     found = watch(
-        numbered(shuffle=True, num_workers=workers), numbered(batch_size=2), val_check_interval=2, num_sanity_val_steps=2
+        numbered(shuffle=True, num_workers=workers),
+        numbered(batch_size=2),
+        val_check_interval=2,
+        num_sanity_val_steps=2,
     )
     assert len(found.tracked) == 8
 

@@ -369,8 +369,10 @@ class TwoLosses(Plain):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         logits = self(batch[0])
-        return self.main_loss(logits, batch[1]) + 0.1 * F.cross_entropy(logits.flip(1), batch[1]) + F.l1_loss(
-            logits, torch.zeros_like(logits)
+        return (
+            self.main_loss(logits, batch[1])
+            + 0.1 * F.cross_entropy(logits.flip(1), batch[1])
+            + F.l1_loss(logits, torch.zeros_like(logits))
         )
 
 
@@ -404,8 +406,12 @@ def test_interventions_on_one_loss_keep_their_order_however_they_name_it():
 
         return type(label, (Intervention,), {"on_loss": on_loss, "criterion": criterion})()
 
-    fit(ModuleLoss(), [watch("A", None), watch("B", "criterion"), watch("C", "cross_entropy")], epochs=1,
-        limit_train_batches=1)
+    fit(
+        ModuleLoss(),
+        [watch("A", None), watch("B", "criterion"), watch("C", "cross_entropy")],
+        epochs=1,
+        limit_train_batches=1,
+    )
     assert seen == ["A", "B", "C"]
 
 
@@ -537,8 +543,13 @@ def test_pytorch_lightning_trainer_takes_interventions():
         pytorch_lightning.seed_everything(1, verbose=False)
         module = Other()
         trainer = pytorch_lightning.Trainer(
-            accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=callbacks,
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
         )
         trainer.fit(module, helpers.loader())
         assert "training_step" not in module.__dict__

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fulgurite.environment import refuse_if_set
 from fulgurite.errors import FulguriteError, nearest
 from fulgurite.plugin import load_target
 from fulgurite.registry import registry
@@ -46,6 +47,7 @@ def run(command: str, argv: list[str]) -> int:
                 print(f"{name}: {case.name}")
         return 0
 
+    refuse_if_set()
     from rich.console import Console
 
     from fulgurite.bench import machine

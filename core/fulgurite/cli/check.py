@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from fulgurite.errors import FulguriteError, nearest
+from fulgurite.errors import FulguriteError, PluginError, nearest
 from fulgurite.files import write_whole
 from fulgurite.plugin import Component, Plugin
 from fulgurite.registry import registry
@@ -45,7 +48,7 @@ def run(command: str, argv: list[str]) -> int:
 
     from fulgurite.testing import all_checks
 
-    console = Console(stderr=arguments.json)
+    console = Console(file=sys.stderr if arguments.json else sys.stdout)
     known = all_checks()
     if arguments.list:
         for found in known.values():
@@ -55,7 +58,8 @@ def run(command: str, argv: list[str]) -> int:
         return 0
     for name in set(arguments.only or ()) - set(known):
         raise FulguriteError(f"No check {name!r}.{nearest(name, known)} `fulgurite check --list` shows all.")
-    results = list(_check(_subjects(arguments.names), arguments.only, arguments.quick, console))
+    subjects, unusable = _subjects(arguments.names)
+    results = [*unusable, *_check(subjects, arguments.only, arguments.quick, console)]
     failures = [result for result in results if result.status == "fail"]
     if arguments.json:
         json.dump([asdict(result) for result in results], sys.stdout, indent=1)
@@ -70,26 +74,40 @@ def run(command: str, argv: list[str]) -> int:
     return int(bool(failures))
 
 
-def _subjects(names: Sequence[str]) -> list[tuple[Plugin, Component]]:
+def _subjects(names: Sequence[str]) -> tuple[list[tuple[Plugin, Component]], list[Result]]:
     """Return the components of the named plugins, or named components; those of all plugins if none is named.
 
+    A plugin that is broken or declared twice is a failure, and the others are checked all the same. One that is blocked
+    is left out, unless it is named.
+
     Raises:
-        FulguriteError: If a name is neither, or a plugin that is to be checked cannot be used.
+        FulguriteError: If a name is neither, or that of a blocked plugin.
     """
-    if not names:
-        plugins = registry().plugins()
-        if registry().problems():
-            raise FulguriteError("; ".join(f"plugin {name!r}: {why}" for name, why in registry().problems().items()))
-        return [(plugin, component) for plugin in plugins for component in plugin.components]
-    slugs = {entry.name for entry in registry().entries}
-    found = []
-    for name in names:
-        if name in slugs:
-            plugin = registry().plugin(name)
-            found += [(plugin, component) for component in plugin.components]
-        else:
+    slugs = dict.fromkeys(entry.name for entry in registry().entries)
+    found: list[tuple[Plugin, Component]] = []
+    unusable = []
+    for name in names or [slug for slug in slugs if slug not in registry().blocked]:
+        if name not in slugs:
             found.append(registry().find(name))
-    return found
+            continue
+        try:
+            plugin = registry().plugin(name)
+        except PluginError as error:
+            if name in registry().blocked:
+                raise
+            unusable.append(_unusable(name, error))
+        else:
+            found += [(plugin, component) for component in plugin.components]
+    return found, unusable
+
+
+def _unusable(name: str, error: PluginError) -> Result:
+    """Return the failure of a plugin without a manifest."""
+    from fulgurite.testing import Result
+    from fulgurite.testing.runner import MANIFEST
+
+    detail = "".join(traceback.format_exception(error))
+    return Result(name, name, "", MANIFEST, "fail", " ".join(str(error).split()), detail)
 
 
 def _check(
@@ -102,12 +120,13 @@ def _check(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(subjects))
-        for plugin, component in subjects:
-            progress.update(task, description=f"{plugin.name}.{component.name}")
-            for result in check_component(component, plugin, names=only, quick=quick):
-                progress.update(task, description=f"{plugin.name}.{result.subject}: {result.check}")
-                yield result
-            progress.advance(task)
+        with redirect_stdout(io.StringIO()):  # of what components print, nothing may get into the JSON
+            for plugin, component in subjects:
+                progress.update(task, description=f"{plugin.name}.{component.name}")
+                for result in check_component(component, plugin, names=only, quick=quick):
+                    progress.update(task, description=f"{plugin.name}.{result.subject}: {result.check}")
+                    yield result
+                progress.advance(task)
 
 
 def _print(console: Console, results: Sequence[Result]) -> None:

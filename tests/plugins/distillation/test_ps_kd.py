@@ -357,12 +357,24 @@ def test_memmap_memory_trains_the_same_and_resumes_from_its_side_file(tmp_path):
     a, b, resumed = Plain(), Plain(), Plain()
     fit(a, [PSKD()], helpers.loader(shuffle=False), epochs=3)
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    fit(b, [PSKD(storage="memmap"), saver], helpers.loader(shuffle=False), epochs=3, enable_checkpointing=True,
-        default_root_dir=tmp_path)
+    fit(
+        b,
+        [PSKD(storage="memmap"), saver],
+        helpers.loader(shuffle=False),
+        epochs=3,
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+    )
     assert torch.equal(weights(a), weights(b))
     assert list(tmp_path.glob("pskd-*.memory"))
-    fit(resumed, [PSKD(storage="memmap")], helpers.loader(shuffle=False), ckpt=tmp_path / "epoch=1.ckpt", epochs=3,
-        default_root_dir=tmp_path)
+    fit(
+        resumed,
+        [PSKD(storage="memmap")],
+        helpers.loader(shuffle=False),
+        ckpt=tmp_path / "epoch=1.ckpt",
+        epochs=3,
+        default_root_dir=tmp_path,
+    )
     assert torch.equal(weights(a), weights(resumed))
 
 
@@ -449,12 +461,17 @@ def test_state_loads_safely_and_two_kinds_do_not_mix(tmp_path):
 def test_command_line_round_trip(tmp_path):
     def cli(*arguments: str) -> LightningCLI:
         return LightningCLI(
-            Plain, run=False, args=["--trainer.logger=false", *arguments], save_config_callback=None,
+            Plain,
+            run=False,
+            args=["--trainer.logger=false", *arguments],
+            save_config_callback=None,
             seed_everything_default=0,
         )
 
     first = cli(
-        "--trainer.callbacks+=PSKD", "--trainer.callbacks.alpha=0.5", "--trainer.callbacks.teacher=snapshot",
+        "--trainer.callbacks+=PSKD",
+        "--trainer.callbacks.alpha=0.5",
+        "--trainer.callbacks.teacher=snapshot",
         "--trainer.callbacks.dtype=float16",
     )
     path = tmp_path / "config.yaml"

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the conformance kit makes small instances of the callbacks."""
+
+from __future__ import annotations
+
+from fulgurite.testing import Case
+from fulgurite_callbacks.calibration import Calibration
+from fulgurite_callbacks.learning_curves import LearningCurves
+from fulgurite_callbacks.step_cost import StepCost
+
+_READS_ONLY = {
+    "has_an_effect": "it changes nothing, and logs in validation and test only, which that training has not",
+    "two_instances": "two with one prefix would log under one name, and are refused; each is to get its own",
+}
+
+CASES = {
+    "Calibration": (
+        Case(make=Calibration, off=Calibration, inapplicable=_READS_ONLY),
+        Case(label="plot", make=lambda: Calibration(plot=True), off=Calibration, inapplicable=_READS_ONLY),
+    ),
+    "StepCost": Case(make=StepCost),
+    "LearningCurves": Case(make=LearningCurves),
+}
