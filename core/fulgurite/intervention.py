@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -131,8 +132,8 @@ class Intervention(pl.Callback):
         """The prefix of everything that the intervention logs."""
         return type(self).__name__.lower()
 
-    @property
-    def state_key(self) -> str:
+    @functools.cached_property
+    def state_key(self) -> str:  # type: ignore[override]  # cached: Lightning asks for it in every hook of every step
         """The key of the state in a checkpoint: where the class is defined, and what makes instances differ."""
         return self._generate_state_key(module=type(self).__module__, **self.state_arguments())
 
@@ -178,6 +179,11 @@ class Intervention(pl.Callback):
         if "setup" in cls.__dict__:
             cls.setup = _after_splice(cls.__dict__["setup"])  # type: ignore[method-assign]
 
+    @property
+    def acts(self) -> bool:
+        """Whether it wants anything of core: implements a hook, or declares a capability."""
+        return self.capabilities != Capabilities() or any(self.overrides(hook) for hook in HOOKS)
+
     def overrides(self, hook: str) -> bool:
         """Return whether this intervention implements a hook."""
         return getattr(type(self), hook) is not getattr(Intervention, hook)
@@ -185,7 +191,6 @@ class Intervention(pl.Callback):
 
 def _after_splice(setup: Callable[..., None]) -> Callable[..., None]:
     """Make an overridden `setup` lay the splice first, so that forgetting `super().setup` cannot disable a plugin."""
-    import functools
 
     @functools.wraps(setup)
     def wrapped(self: Intervention, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +92,7 @@ class LossCall:
         """
         outputs = self.outputs.detach()
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        with torch.autocast(outputs.device.type, enabled=False):
+        with _without_autocast(outputs.device.type):
             return outputs.exp() if self._log_probabilities() else outputs.softmax(dim=1)
 
     def soften(self) -> LossCall:
@@ -173,7 +175,7 @@ def soft_cross_entropy(
         >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))
         tensor(0.6931)
     """
-    with torch.autocast(outputs.device.type, enabled=False):
+    with _without_autocast(outputs.device.type):
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         logs = outputs if log_probabilities else F.log_softmax(outputs, dim=1)
         targets = targets.to(logs.dtype)
@@ -183,10 +185,13 @@ def soft_cross_entropy(
             targets = targets * mask.unsqueeze(1)
         if reduction == "none":
             return -(targets * logs).sum(dim=1)
-        total = -torch.dot(targets.reshape(-1), logs.reshape(-1))
+        total = torch.dot(targets.reshape(-1), logs.reshape(-1))
         if reduction == "sum":
-            return total
-        return total / (targets.numel() // targets.shape[1] if normalizer is None else normalizer)
+            return -total
+        if normalizer is None:
+            positions = targets.numel() // targets.shape[1]
+            return total * (-1.0 / positions if positions else math.nan)
+        return total * (-1.0 / normalizer.to(logs.dtype))
 
 
 class LossCapture(TorchFunctionMode):
@@ -211,6 +216,11 @@ class LossCapture(TorchFunctionMode):
 # Dynamo may trace through the mode in a frame that it compiles, but must not compile the mode's own frame, anew for every
 # kind of operation, inside modules that it leaves alone (`nn.Sequential.compile()`).
 skip_code(LossCapture.__torch_function__.__code__)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return the context in which nothing is cast; entering `torch.autocast` costs as much as a small operation."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _reduction(arguments: Mapping[str, Any]) -> str:

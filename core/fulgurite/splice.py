@@ -62,8 +62,10 @@ class Splice(pl.Callback):
         return next((callback for callback in callbacks if isinstance(callback, Splice)), None)
 
     @classmethod
-    def ensure(cls, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Splice:
+    def ensure(cls, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Splice | None:
         """Return the trainer's splice; lay it if it is not there yet, for `fit` after a check of all interventions.
+
+        If no intervention wants anything of core, nothing is laid and nothing returned.
 
         Raises:
             RefusedError: If some intervention would train wrongly in this trainer.
@@ -76,6 +78,8 @@ class Splice(pl.Callback):
         stage = str(getattr(stage, "value", stage))
         if stage == "fit":
             check(trainer, module, interventions)
+        if not any(intervention.acts for intervention in interventions):
+            return None
         splice = cls(trainer, module, interventions)
         trainer.callbacks = [splice, *found]  # type: ignore[attr-defined]
         splice._undo.append(lambda: splice._leave(found))

@@ -242,3 +242,12 @@ def test_exit_status_of_a_command(raised, status, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "fulgurite.cli.probe", types.SimpleNamespace(run=run_command))
     assert cli.main(["probe", "--jobs", "2"]) == status
     assert calls == [("probe", ["--jobs", "2"])]
+
+
+def test_equations_of_a_card_are_readable_in_a_terminal(capsys):
+    """Fails if the terminal shows the dollars and comments that only the documentation page needs."""
+    assert cli.main(["show", "ps_kd"]) == 0
+    shown = capsys.readouterr().out
+    assert "$" not in shown
+    assert "<!--" not in shown
+    assert r"q_i = (1 - \alpha_t) y_i + \alpha_t M_i" in shown

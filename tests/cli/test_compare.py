@@ -159,6 +159,8 @@ def claim(seeds=3):
     [(-0.1, 0, "REPRODUCED"), (0.1, 1, "NOT REPRODUCED"), (None, 2, "INCONCLUSIVE")],
 )
 def test_the_verdict_is_the_status(tmp_path, monkeypatch, capsys, difference, status, verdict):
+    monkeypatch.setenv("COLUMNS", "200")
+
     def execute(console, settings, seeds, jobs, directory):
         assert (settings, seeds, jobs, directory) == (claim().settings, 3, 2, tmp_path)
         return [

@@ -50,7 +50,7 @@ def test_the_skeleton_installs_and_passes_its_tests(tmp_path, capsys):
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "FULGURITE": ""}
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "my_method or pure or state_key"],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -59,7 +59,7 @@ def test_the_skeleton_installs_and_passes_its_tests(tmp_path, capsys):
         check=False,
     )
     assert tests.returncode == 0, tests.stdout + tests.stderr
-    assert "5 passed" in tests.stdout
+    assert "7 passed" in tests.stdout, "its five tests, and two checks of the conformance kit"
 
 
 def test_nothing_is_left_of_the_placeholders(tmp_path):

@@ -194,7 +194,7 @@ def markdown(command: str, results: Sequence[Result]) -> str:
         by_subject.setdefault(f"{result.plugin}.{result.subject}", {})[result.check] = result
     for subject, mine in by_subject.items():
         groups.setdefault(tuple(mine), []).append(subject)
-    marks = {"pass": "✓", "fail": "✗", "inapplicable": "–"}
+    marks = {"pass": "✓", "fail": "✗", "inapplicable": "–"}  # noqa: RUF001
     for checks, subjects in groups.items():
         lines = [f"| check | {' | '.join(f'`{subject}`' for subject in subjects)} |", f"|---|{':-:|' * len(subjects)}"]
         lines += [f"| {name} | {' | '.join(marks[by_subject[s][name].status] for s in subjects)} |" for name in checks]
@@ -205,5 +205,5 @@ def markdown(command: str, results: Sequence[Result]) -> str:
             reasons.setdefault((result.check, result.reason), []).append(f"`{result.subject}`")
     if reasons:
         lines = [f"- {name}, {', '.join(who)}: {why}" for (name, why), who in reasons.items()]
-        parts.append("\n".join(["Failed (✗) or inapplicable (–), and why:", "", *lines]))
+        parts.append("\n".join(["Failed (✗) or inapplicable (–), and why:", "", *lines]))  # noqa: RUF001
     return "\n\n".join(parts) + "\n"

@@ -45,7 +45,7 @@ EXAMPLE: dict[str, Any] = {
     "data": {"class_path": "Digits", "init_args": {"label_noise": 0.2}},
     "trainer": {"max_epochs": 60, "accelerator": "cpu"},
 }
-"""What `compare` trains without `--config`: a small network on 1200 real handwritten digits, a fifth of them labelled wrongly."""
+"""What `compare` trains without `--config`: a small network on real digits, a fifth of whose labels are wrong."""
 
 _EXAMPLE_NAME = "the embedded example: 1200 handwritten digits, a fifth of the training labels wrong"
 

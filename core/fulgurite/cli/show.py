@@ -173,6 +173,13 @@ def _use(component: Component, module: str, known: list[dict[str, Any]]) -> dict
     return use
 
 
+def _plain_equations(card: str) -> str:
+    """Show equations as code, which a terminal can print, and leave comments out."""
+    card = re.sub(r"<!--.*?-->", "", card, flags=re.DOTALL)
+    card = re.sub(r"\$\$\n?(.+?)\n?\$\$", r"```\n\1\n```", card, flags=re.DOTALL)
+    return re.sub(r"(?<![\w$])\$([^$\n]+?)\$(?![\w$])", r"`\1`", card)
+
+
 def _card(plugin: Plugin, entry: Entry) -> str | None:
     if plugin.card is None:
         return None
@@ -184,7 +191,7 @@ def _card(plugin: Plugin, entry: Entry) -> str | None:
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if facts["card"]:
-        console.print(Markdown(facts["card"]))
+        console.print(Markdown(_plain_equations(facts["card"])))
     else:
         console.print(Text(facts["name"], style="bold"), Text(facts["summary"]), sep="\n")
     console.print()

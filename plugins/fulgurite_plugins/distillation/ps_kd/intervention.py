@@ -91,7 +91,7 @@ class PSKD(Intervention):
         self._restored: dict[str, Any] | None = None
         self._side_directory: Path | None = None
         self._entropy: Tensor | None = None
-        self._batches = 0
+        self._batches = self._positions = 0
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
@@ -128,7 +128,7 @@ class PSKD(Intervention):
         """Set the weight of the epoch."""
         if self.schedule.unit == "epoch":
             self.weight = self.schedule.at(*self._progress(trainer))
-        self._entropy, self._batches = None, 0
+        self._entropy, self._batches, self._positions = None, 0, 0
 
     def on_loss(self, call: LossCall) -> LossCall:
         """Refine the targets, and remember the prediction that gives this very loss."""
@@ -148,7 +148,7 @@ class PSKD(Intervention):
                 self.snapshot.load_state_dict({**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())})
             self.snapshot.synchronize()
         pl_module.log("pskd/alpha", self.weight)
-        entropy = torch.zeros(()) if self._entropy is None else self._entropy / self._batches
+        entropy = torch.zeros(()) if self._entropy is None else self._entropy / max(self._positions, 1)
         pl_module.log("pskd/target_entropy", entropy)
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,8 +203,9 @@ class PSKD(Intervention):
     def _refine(self, call: LossCall, past: Tensor, alpha: float | Tensor) -> LossCall:
         soft = call.soften()
         targets = refine_targets(soft.targets, past, alpha)
-        entropy = torch.special.entr(targets.detach()).sum() * (targets.shape[1] / targets.numel())
-        self._entropy = entropy if self._entropy is None else self._entropy + entropy
+        entropy = torch.special.entr(targets.detach()).sum()
+        self._entropy = entropy if self._entropy is None else self._entropy.add_(entropy)
+        self._positions += targets.numel() // targets.shape[1]
         return soft.replace(targets=targets)
 
     def _indices(self, call: LossCall, predictions: Tensor) -> Tensor:
