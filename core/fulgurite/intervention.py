@@ -133,7 +133,7 @@ class Intervention(pl.Callback):
         return type(self).__name__.lower()
 
     @functools.cached_property
-    def state_key(self) -> str:  # type: ignore[override]  # cached: Lightning asks for it in every hook of every step
+    def state_key(self) -> str:  # cached: Lightning asks for it in every hook of every step
         """The key of the state in a checkpoint: where the class is defined, and what makes instances differ."""
         return self._generate_state_key(module=type(self).__module__, **self.state_arguments())
 

@@ -191,7 +191,7 @@ def soft_cross_entropy(
         if normalizer is None:
             positions = targets.numel() // targets.shape[1]
             return total * (-1.0 / positions if positions else math.nan)
-        return total * (-1.0 / normalizer.to(logs.dtype))
+        return total / -normalizer
 
 
 class LossCapture(TorchFunctionMode):

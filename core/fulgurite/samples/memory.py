@@ -67,7 +67,8 @@ class SampleMemory:
         self._rows = self._allocate(size + 1, shape, dtype)
         self._written = torch.zeros(size + 1, dtype=torch.bool, device=self.device)
         self.values, self.seen = self._rows[:size], self._written[:size]  # one row more, for what is not stored
-        self.rejected = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._rejected = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._uncounted: list[Tensor] = []
         self._pending: list[Tensor] = []
         self._deferred: tuple[Tensor, Tensor, Any] | None = None
 
@@ -75,6 +76,17 @@ class SampleMemory:
     def size(self) -> int:
         """The number of examples."""
         return self.values.shape[0]
+
+    @property
+    def rejected(self) -> Tensor:
+        """How many rows were not stored because they were not finite: a scalar on the device."""
+        self._count()
+        return self._rejected
+
+    def _count(self) -> None:
+        if self._uncounted:
+            self._rejected += (~torch.cat(self._uncounted)).sum()
+            self._uncounted.clear()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,7 +129,7 @@ class SampleMemory:
         on_device = indices.to(self.device) if indices_on_device is None else indices_on_device
         rows = rows.detach().to(self.values.dtype)
         finite = _finite(rows)
-        self.rejected.add_(len(rows)).sub_(finite.sum())
+        self._uncounted.append(finite)  # counted once per epoch: small operations are most of what a write costs
         stored_at = torch.where(finite, on_device, self.size)
         self._written.index_fill_(0, stored_at, True)
         if distributed.is_distributed():
@@ -138,6 +150,7 @@ class SampleMemory:
         Where a sampler's padding made several ranks write one example, the row of the lowest global position wins.
         """
         self._flush()
+        self._count()
         if distributed.world()[1] > 1:
             self._apply(self._gather(*self._own_pending()), self.values.dtype)
             self._pending.clear()
@@ -185,7 +198,8 @@ class SampleMemory:
         rank, world = distributed.world()
         self.values.copy_(saved)
         self.seen.copy_(state["seen"])
-        self.rejected.fill_(state["rejected"] if rank == 0 else 0)
+        self._uncounted.clear()
+        self._rejected.fill_(state["rejected"] if rank == 0 else 0)
         self._pending.clear()
         pending = state["pending"]
         if len(pending) == world:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +14,8 @@ from typing import Any, Literal
 
 from fulgurite.plugin import Component, Plugin
 from fulgurite.testing.case import Case
+
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 Status = Literal["pass", "fail", "inapplicable"]
 
@@ -52,7 +57,8 @@ class Result:
         label: Which of its cases.
         check: Name of the check.
         status: `"pass"`, `"fail"` or `"inapplicable"`.
-        reason: One line: why it failed or does not apply.
+        reason: One line: why it failed or does not apply. Colours and other control characters, which XML forbids and a
+            terminal obeys, are taken out of it and of `detail`.
         detail: The traceback of a failure.
         seconds: How long it took.
     """
@@ -65,6 +71,10 @@ class Result:
     reason: str = ""
     detail: str = ""
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("reason", "detail"):
+            object.__setattr__(self, name, _CONTROL.sub("", getattr(self, name)))
 
     @property
     def subject(self) -> str:
@@ -89,27 +99,43 @@ def check(*kinds: str, quick: bool = True) -> Callable[[Callable[[Any], None]], 
 
 
 def run_check(wanted: Check, lab: Any, plugin: Plugin, component: Component, case: Case) -> Result:
-    """Run one check on one case, and turn whatever happens into a result."""
+    """Run one check on one case, and turn whatever happens into a result.
 
-    def result(status: Status, reason: str = "", detail: str = "") -> Result:
+    What the component prints is not shown, and the settings of the process that it leaves changed are put back, so that
+    the next check and the next component find the same process. Only a KeyboardInterrupt, which is the user's, goes
+    through.
+    """
+    from fulgurite.testing.surroundings import preserved
+
+    def result(status: Status, reason: object = "", detail: str = "") -> Result:
         seconds = time.perf_counter() - start
-        return Result(plugin.name, component.name, case.label, wanted.name, status, reason, detail, seconds)
+        line = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
+        return Result(plugin.name, component.name, case.label, wanted.name, status, line, detail, seconds)
 
     start = time.perf_counter()
     if wanted.name in case.inapplicable:
         return result("inapplicable", case.inapplicable[wanted.name])
     try:
-        wanted.run(lab)
+        with preserved(), contextlib.redirect_stdout(io.StringIO()):
+            wanted.run(lab)
     except InapplicableError as reason:
-        return result("inapplicable", str(reason))
+        if _raised_by_the_kit(reason, wanted):
+            return result("inapplicable", reason)
+        return result("fail", f"the component itself raises InapplicableError: {reason}", traceback.format_exc())
     except CheckError as error:
-        return result("fail", str(error), traceback.format_exc())
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        line = (str(error).strip().splitlines() or [""])[0]
-        return result("fail", f"{type(error).__name__}: {line}", traceback.format_exc())
+        return result("fail", error, traceback.format_exc())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, and what test runners raise to skip a test, silence nothing
+        return result("fail", f"{type(error).__name__}: {str(error).strip()}", traceback.format_exc())
     return result("pass")
+
+
+def _raised_by_the_kit(error: InapplicableError, wanted: Check) -> bool:
+    """Return whether the error comes from the check, not from the component that is being checked."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    origin = str(frames[-1].f_globals.get("__name__", ""))
+    return origin == wanted.run.__module__ or f"{origin}.".startswith(f"{__package__}.")
 
 
 def expect(condition: object, reason: str) -> None:

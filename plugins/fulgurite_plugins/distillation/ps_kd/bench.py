@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite.bench import (
     Bench,
@@ -39,12 +40,27 @@ _VARIANTS: dict[str, Callbacks] = {
 
 
 def _training(classes: int) -> Training:
-    """A network of a million parameters; timing begins in the second epoch, from which on targets are refined."""
+    """A perceptron of a million parameters; timing begins in the second epoch, from which on targets are refined."""
     return Training(lambda: Classifier((784, 800, 460, classes)), batches(_N, 784, classes, _BATCH))
+
+
+class _ConvNet(Classifier):
+    """A convolutional network of a million parameters, for images of 16x16 pixels given as rows."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1))
+        layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
+        for inputs, outputs in pairwise((3, 64, 128, 256, 256)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 100))
 
 
 def _steps(classes: int) -> Mapping[str, Block]:
     return trainers(_training(classes), _VARIANTS)
+
+
+def _convolutional_steps() -> Mapping[str, Block]:
+    return trainers(Training(_ConvNet, batches(5 * _BATCH, 768, 100, _BATCH), steps=2), _VARIANTS)
 
 
 def _memory(classes: int) -> Mapping[str, Block]:
@@ -100,7 +116,7 @@ BENCH = Bench(
     cases=(
         *(
             Case(
-                name=f"One training step of a network of a million parameters (batch {_BATCH}, {classes} classes)",
+                name=f"One training step of a perceptron of a million parameters (batch {_BATCH}, {classes} classes)",
                 blocks=functools.partial(_steps, classes),
                 reference=_ALONE,
                 targets=(
@@ -109,6 +125,16 @@ BENCH = Bench(
                 ),
             )
             for classes in (10, 100)
+        ),
+        Case(
+            name=f"One training step of a convolutional network of a million parameters (batch {_BATCH}, 100 classes)",
+            blocks=_convolutional_steps,
+            reference=_ALONE,
+            targets=(
+                Target("PSKD()", "ratio", at_most=1.05),
+                Target("PSKD(dtype='float16')", "ratio", at_most=1.05),
+            ),
+            rounds=20,
         ),
         Case(
             name=f"Targets refined and memory updated (batch {_BATCH}, 100 classes)",

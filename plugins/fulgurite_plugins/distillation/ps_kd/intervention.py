@@ -27,6 +27,9 @@ _SHARDED = dict.fromkeys(
     "its snapshot is a full copy of the weights, which are sharded there. Use teacher='memory'.",
 )
 
+_ENTROPY_EVERY = 8
+"""Batches between two from which the entropy of the targets is logged."""
+
 
 class PSKD(Intervention):
     r"""Train a classifier on its labels mixed with its own predictions of the previous epoch.
@@ -203,9 +206,10 @@ class PSKD(Intervention):
     def _refine(self, call: LossCall, past: Tensor, alpha: float | Tensor) -> LossCall:
         soft = call.soften()
         targets = refine_targets(soft.targets, past, alpha)
-        entropy = torch.special.entr(targets.detach()).sum()
-        self._entropy = entropy if self._entropy is None else self._entropy.add_(entropy)
-        self._positions += targets.numel() // targets.shape[1]
+        if self._batches % _ENTROPY_EVERY == 1:
+            entropy = torch.special.entr(targets.detach()).sum()
+            self._entropy = entropy if self._entropy is None else self._entropy.add_(entropy)
+            self._positions += targets.numel() // targets.shape[1]
         return soft.replace(targets=targets)
 
     def _indices(self, call: LossCall, predictions: Tensor) -> Tensor:
