@@ -115,7 +115,12 @@ def trainer(callbacks: Any = (), epochs: int = 2, **kwargs: Any) -> pl.Trainer:
 
 
 def fit(
-    module: pl.LightningModule, callbacks: Any = (), loader_: Any = None, val: Any = None, ckpt: Any = None, **kwargs: Any
+    module: pl.LightningModule,
+    callbacks: Any = (),
+    loader_: Any = None,
+    val: Any = None,
+    ckpt: Any = None,
+    **kwargs: Any,
 ) -> pl.Trainer:
     """Train from a fixed seed; two calls with equal arguments draw equal random numbers."""
     pl.seed_everything(1, verbose=False)

@@ -10,7 +10,6 @@ from fulgurite_callbacks.step_cost import StepCost
 
 _READS_ONLY = {
     "has_an_effect": "it changes nothing, and logs in validation and test only, which that training has not",
-    "two_instances": "two with one prefix would log under one name, and are refused; each is to get its own",
 }
 
 CASES = {

@@ -22,6 +22,7 @@ plugin = Plugin(
             "An order whose slices are stratified.",
         ),
     ),
+    conformance=f"{__name__}.conformance:CASES",
 )
 
 __getattr__, __dir__ = plugin.exports()

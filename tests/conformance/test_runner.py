@@ -441,3 +441,19 @@ def test_parametrize_without_a_plugin_is_refused():
     """pytest would skip a test without parameters, and a repository would believe itself checked."""
     with pytest.raises(FulguriteError, match="at least one plugin"):
         parametrize_with_checks()
+
+
+def test_a_check_that_is_not_executed_any_more_is_a_failure(kit, tmp_path, capsys):
+    """A suite that shrinks unnoticed protects from nothing."""
+    path = tmp_path / "executed.json"
+    assert main(["check", "square", *ONLY, "--record", str(path)]) == 0
+    assert main(["check", "square", *ONLY, "--against", str(path)]) == 0
+    before = json.loads(path.read_text())
+    (subject,) = before
+    before[subject].append("resume_at_epoch_end")
+    path.write_text(json.dumps(before))
+    capsys.readouterr()
+    assert main(["check", "square", *ONLY, "--against", str(path), "--json"]) == 1
+    failed = [result for result in json.loads(capsys.readouterr().out) if result["status"] == "fail"]
+    assert [(result["check"], "is not now" in result["reason"]) for result in failed] == [("resume_at_epoch_end", True)]
+    assert main(["check", "square", *ONLY, "--against", str(tmp_path / "nowhere.json")]) == 2

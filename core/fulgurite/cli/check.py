@@ -9,7 +9,7 @@ import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from fulgurite.registry import registry
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fulgurite.testing.check import Result
+    from fulgurite.testing.check import Check, Result
 
 _STYLES = {"pass": "green", "fail": "bold red", "inapplicable": "dim"}
 
@@ -38,6 +38,10 @@ def run(command: str, argv: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="plugins or components; by default all plugins")
     parser.add_argument("--quick", action="store_true", help="leave out the checks that take long")
     parser.add_argument("--only", action="append", metavar="CHECK", help="run this check only; may be repeated")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write which checks were executed")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="fail if a check that --record wrote is not executed"
+    )
     parser.add_argument("--list", action="store_true", help="list the checks, and what each protects from")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="also write a JUnit XML file")
@@ -60,12 +64,16 @@ def run(command: str, argv: list[str]) -> int:
         raise FulguriteError(f"No check {name!r}.{nearest(name, known)} `fulgurite check --list` shows all.")
     subjects, unusable = _subjects(arguments.names)
     results = [*unusable, *_check(subjects, arguments.only, arguments.quick, console)]
+    if arguments.against:
+        results += _dropped(results, arguments.against, None if not arguments.quick else known)
     failures = [result for result in results if result.status == "fail"]
     if arguments.json:
         json.dump([asdict(result) for result in results], sys.stdout, indent=1)
         print()
     else:
         _print(console, results)
+    if arguments.record:
+        write_whole(arguments.record, json.dumps(executed(results), indent=1) + "\n")
     if arguments.junit:
         write_whole(arguments.junit, junit(results))
     if arguments.markdown:
@@ -116,6 +124,7 @@ def _check(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fulgurite.testing import check_component
+    from fulgurite.testing.composition import check_composition, members
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -127,6 +136,40 @@ def _check(
                     progress.update(task, description=f"{plugin.name}.{result.subject}: {result.check}")
                     yield result
                 progress.advance(task)
+            if only is None:
+                progress.update(task, description="every pair of interventions, in both orders")
+                yield from check_composition(members(subjects, every_case=not quick))
+
+
+def executed(results: Sequence[Result]) -> dict[str, list[str]]:
+    """Return the names of the checks that were executed, by subject."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        if result.status != "inapplicable":
+            found.setdefault(f"{result.plugin}.{result.subject}", []).append(result.check)
+    return found
+
+
+def _dropped(results: Sequence[Result], path: Path, quick: Mapping[str, Check] | None) -> list[Result]:
+    """Return a failure for each check of the present subjects that was executed earlier and is not now."""
+    from fulgurite.testing import Result
+
+    try:
+        before: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FulguriteError(
+            f"Expected --against to be a file that --record has written, but {path}: {error}"
+        ) from error
+    now = executed(results)
+    dropped = []
+    for result in {f"{one.plugin}.{one.subject}": one for one in results}.values():
+        subject = f"{result.plugin}.{result.subject}"
+        for name in before.get(subject, []):
+            left_out = quick is not None and name in quick and not quick[name].quick
+            if name not in now.get(subject, []) and not left_out:
+                why = f"it was executed when {path.name} was written, and is not now"
+                dropped.append(Result(result.plugin, result.component, result.label, name, "fail", why))
+    return dropped
 
 
 def _print(console: Console, results: Sequence[Result]) -> None:

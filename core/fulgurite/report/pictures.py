@@ -219,15 +219,20 @@ def overview(setting: str, records: Sequence[RunRecord], metrics: Sequence[str],
     if not drawn:
         return None
     columns = max(map(len, drawn.values()))
-    figure = new_figure(4.6 * columns, 3.1 * len(drawn) + 0.6, "white")
-    grid = figure.subplots(len(drawn), columns, squeeze=False)
-    for row, views in zip(grid, drawn.values(), strict=True):
-        for axes in row[len(views) :]:
+    cells = [list(views.items()) for views in drawn.values()]
+    if columns == 1:  # no curves: the final values of two metrics side by side
+        columns, single = min(len(cells), 2), [picture for row in cells for picture in row]
+        cells = [single[start : start + columns] for start in range(0, len(single), columns)]
+    figure = new_figure(4.6 * columns, 3.1 * len(cells) + 0.6, "white")
+    grid = figure.subplots(len(cells), columns, squeeze=False)
+    for row, pictures in zip(grid, cells, strict=True):
+        for axes in row[len(pictures) :]:
             axes.set_axis_off()
-        for axes, (caption, draw) in zip(row, views.items(), strict=False):
+        for axes, (caption, draw) in zip(row, pictures, strict=False):
             draw(axes, LIGHT, lines)
             axes.set_title(caption, fontsize=9.5, color=LIGHT.text, loc="left")
     handles = [Line2D([], [], color=LIGHT.colours[x.colour], linestyle=x.linestyle, linewidth=1.9) for x in lines]
     labels = [plain_name(line.variant, 40) for line in lines]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(lines)), frameon=False, fontsize=9.5)
+    across = min(2 * columns, 4, len(lines))
+    figure.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False, fontsize=9.5)
     return png(figure, 110)

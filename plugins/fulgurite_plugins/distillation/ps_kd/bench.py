@@ -33,6 +33,7 @@ _BATCH = 128
 _ALONE = "trainer alone"
 _VARIANTS: dict[str, Callbacks] = {
     _ALONE: lambda: (),
+    "trainer alone, once more": lambda: (),  # tells how far two equal trainings are apart
     "PSKD()": lambda: (PSKD(),),
     "PSKD(dtype='float16')": lambda: (PSKD(dtype="float16"),),
     "PSKD(teacher='snapshot')": lambda: (PSKD(teacher="snapshot"),),
