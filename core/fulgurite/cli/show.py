@@ -177,7 +177,10 @@ def _plain_equations(card: str) -> str:
     """Show equations as code, which a terminal can print, and leave comments out."""
     card = re.sub(r"<!--.*?-->", "", card, flags=re.DOTALL)
     card = re.sub(r"\$\$\n?(.+?)\n?\$\$", r"```\n\1\n```", card, flags=re.DOTALL)
-    return re.sub(r"(?<![\w$])\$([^$\n]+?)\$(?![\w$])", r"`\1`", card)
+    return _INLINE_EQUATION.sub(r"`\1`", card)
+
+
+_INLINE_EQUATION = re.compile(r"(?<![\w$])\$([^$\n]+?)\$(?![\w$])")
 
 
 def _card(plugin: Plugin, entry: Entry) -> str | None:
@@ -232,7 +235,7 @@ def _print_component(console: Console, component: dict[str, Any]) -> None:
             Text.assemble("  ", (one["name"], "bold"), f"{type_}{default}", (required, "dim")), soft_wrap=True
         )
         if one["meaning"]:
-            console.print(Padding(Text(one["meaning"]), (0, 0, 0, 6)))
+            console.print(Padding(Text(_INLINE_EQUATION.sub(r"\1", one["meaning"])), (0, 0, 0, 6)))
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
