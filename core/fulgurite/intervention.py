@@ -142,7 +142,10 @@ class Intervention(pl.Callback):
         return {}
 
     def operate(self, module: pl.LightningModule) -> None:
-        """Change the model, once: after `configure_model`, before weights are restored, wrapped or optimised."""
+        """Change the model: after `configure_model`, before weights are restored, wrapped or optimised.
+
+        It is called once in each run of a trainer (`fit`, `validate` ...): a model that is changed already is left as it is.
+        """
 
     def transform_batch(self, batch: Any, step: Step) -> Any:
         """Return the batch that the training step shall see; it is on its device already."""
