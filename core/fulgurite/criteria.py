@@ -53,9 +53,9 @@ class Criteria:
         self._matched: dict[Intervention, str] = {}
         self._inside: str | None = None
 
-    def watching(self) -> Any:
-        """Return the context in which the training step is to be run."""
-        self._matched = {}
+    def watching(self, step: Step) -> Any:
+        """Return the context in which a training step is to be run."""
+        self.step, self._matched = step, {}
         return self._capture if self.whole_step else _NOTHING
 
     def criterion_of(self, intervention: Intervention) -> str | None:

@@ -304,8 +304,7 @@ class Splice(pl.Callback):
         if self._criteria is None:
             output = original(step.batch, *rest, **kwargs)
         else:
-            self._criteria.step = step
-            with self._criteria.watching():
+            with self._criteria.watching(step):
                 output = original(step.batch, *rest, **kwargs)
         if output is None:
             return None

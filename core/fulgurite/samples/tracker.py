@@ -75,7 +75,7 @@ class SampleTracker:
             return None
         drawn = self._delivering.delivered.popleft()
         try:
-            # In a quarter of the time that torch takes for a list; without examples there is nothing to tell the type.
+            # In half the time that torch takes for a list; without examples there is nothing to tell the type.
             indices = np.array(drawn, dtype=None if drawn else np.int64)
         except ValueError:
             indices = np.empty((0, 0))
