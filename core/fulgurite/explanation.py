@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MEANING = {
     "operate": ("once, before weights are restored and optimizers made", "the model"),
+    "parameter_options": ("as optimizers are made", "the optimizers' parameter groups"),
     "transform_batch": ("before training_step", "the batch"),
     "on_loss": ("when training_step calls its criterion", "the criterion, its outputs, targets and arguments"),
     "penalty": ("after training_step", "the loss, by adding to it"),

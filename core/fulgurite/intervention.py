@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HOOKS = (
     "operate",
+    "parameter_options",
     "transform_batch",
     "on_loss",
     "penalty",
@@ -38,6 +39,8 @@ class Capabilities:
         sample_indices: It needs to know which examples of the training set are in the batch.
         reads_loss: It reads `step.outputs`, `step.targets` or `step.loss` outside `on_loss`.
         replays_step: It runs the training step again on the same batch (`Step.random_state` is kept for that).
+        penalises_parameters: Its `penalty` depends on parameters only: it is asked once per optimizer update, in the
+            micro-batch that completes it, and counts fully there whatever the accumulation.
         extra_forwards: Forward passes per step that it adds, in units of the model's own.
         extra_backwards: Backward passes per step that it adds.
         exclusive: What it takes for itself alone, for instance `("head",)`; two plugins with one item in common are
@@ -51,6 +54,7 @@ class Capabilities:
     sample_indices: bool = False
     reads_loss: bool = False
     replays_step: bool = False
+    penalises_parameters: bool = False
     extra_forwards: float = 0.0
     extra_backwards: float = 0.0
     exclusive: tuple[str, ...] = ()
@@ -146,6 +150,14 @@ class Intervention(pl.Callback):
 
         It is called once in each run of a trainer (`fit`, `validate` ...): a model that is changed already is left as it is.
         """
+
+    def parameter_options(self, module: pl.LightningModule) -> Mapping[nn.Parameter, Mapping[str, Any]]:
+        """Return options that parameters shall have in the optimizers of the user: `{p: {"weight_decay": 0.0}}`.
+
+        It is asked as each optimizer is made in `configure_optimizers`. Core moves these parameters, if the optimizer has
+        them, into groups of their own; `lr_scale` multiplies the learning rate of the group that they come from.
+        """
+        return {}
 
     def transform_batch(self, batch: Any, step: Step) -> Any:
         """Return the batch that the training step shall see; it is on its device already."""

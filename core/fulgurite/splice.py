@@ -13,13 +13,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite import lightning_adapter
 from fulgurite.compatibility import check, distinct_names
 from fulgurite.criteria import Criteria, observed
 from fulgurite.errors import RefusedError
 from fulgurite.intervention import HOOKS, Intervention, Step
+from fulgurite.parameter_groups import grouped_apart
 from fulgurite.random import get_random_state
 from fulgurite.samples import SampleTracker
 
@@ -120,6 +121,8 @@ class Splice(pl.Callback):
 
     def _lay_training(self) -> None:
         module, hooks = self.module, self._hooks
+        if hooks["parameter_options"]:
+            self._patch(module, "configure_optimizers", self._wrap_optimizers(module.configure_optimizers))
         users = [self.names[i] for i in self.interventions if i.capabilities.sample_indices]
         if users:
             self.tracker = SampleTracker(" and ".join(users))
@@ -179,6 +182,21 @@ class Splice(pl.Callback):
                     intervention.operate(self.module)
 
         self._patch(self.module, "configure_model", configure_model)
+
+    def _wrap_optimizers(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def options() -> dict[nn.Parameter, dict[str, Any]]:
+            found: dict[nn.Parameter, dict[str, Any]] = {}
+            for intervention in self._hooks["parameter_options"]:
+                for parameter, wanted in intervention.parameter_options(self.module).items():
+                    found.setdefault(parameter, {}).update(wanted)
+            return found
+
+        @functools.wraps(original)
+        def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
+            with grouped_apart(options):
+                return original(*args, **kwargs)
+
+        return configure_optimizers
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, past `nn.Module.__setattr__`, and remember how to undo it."""
@@ -318,6 +336,11 @@ class Splice(pl.Callback):
     def _add_penalties(self, step: Step, output: Any) -> Any:
         total: Any = step.loss
         for intervention in self._hooks["penalty"]:
+            factor = 1.0
+            if intervention.capabilities.penalises_parameters:
+                if not step.completes_update:
+                    continue
+                factor = self.trainer.accumulate_grad_batches  # by which Lightning divides the loss
             prefix = self.names[intervention]
             with (
                 self._timing(intervention, "penalty"),
@@ -328,7 +351,7 @@ class Splice(pl.Callback):
                 continue
             named = penalty if isinstance(penalty, Mapping) else {"penalty": penalty}
             for name, value in named.items():
-                total = total + value
+                total = total + (value if factor == 1 else factor * value)
                 self.module.log(f"{prefix}/{name}", value.detach())
             self._trace(intervention, "penalty", functools.partial(_floats, named))
         return {**output, "loss": total} if isinstance(output, Mapping) else total

@@ -558,3 +558,35 @@ def test_pytorch_lightning_trainer_takes_interventions():
     plain = run([])
     assert torch.equal(plain, run([Indexed()]))
     assert not torch.equal(plain, run([Smooth()]))
+
+
+class WeightNorm(Intervention):
+    """A penalty on parameters, which knows how often it was asked."""
+
+    capabilities = Capabilities(penalises_parameters=True)
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def penalty(self, step: Step) -> Tensor:
+        if self.asked == 0:
+            self.before = weights(step.module).clone()
+        self.asked += 1
+        return 0.1 * sum(p.square().sum() for p in step.module.parameters())
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_a_penalty_on_parameters_counts_once_per_update_whatever_the_accumulation(windows):
+    class ZeroLoss(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 0.0 * super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    penalty, module = WeightNorm(), ZeroLoss()
+    trainer = fit(module, [penalty], accumulate_grad_batches=windows)
+    updates = trainer.global_step
+    assert (trainer.num_training_batches % windows > 0) == (windows > 1)  # the last window is short
+    assert penalty.asked == updates
+    torch.testing.assert_close(weights(module), penalty.before * 0.9**updates)
