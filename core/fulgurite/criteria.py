@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fulgurite.errors import RefusedError
 from fulgurite.intervention import Intervention, Step, named_losses
-from fulgurite.losses import FUNCTIONAL_LOSSES, LossCall, LossCapture
+from fulgurite.loss_capture import LossCapture
+from fulgurite.losses import FUNCTIONAL_LOSSES, LossCall
 
 _FUNCTION_NAMES = frozenset(function.__name__ for function in FUNCTIONAL_LOSSES)
 

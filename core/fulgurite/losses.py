@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import skip_code
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from fulgurite.errors import FulguriteError
 
@@ -92,7 +90,7 @@ class LossCall:
         """
         outputs = self.outputs.detach()
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        with _without_autocast(outputs.device.type):
+        with without_autocast(outputs.device.type):
             return outputs.exp() if self._log_probabilities() else outputs.softmax(dim=1)
 
     def soften(self) -> LossCall:
@@ -175,7 +173,7 @@ def soft_cross_entropy(
         >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))
         tensor(0.6931)
     """
-    with _without_autocast(outputs.device.type):
+    with without_autocast(outputs.device.type):
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         logs = outputs if log_probabilities else F.log_softmax(outputs, dim=1)
         targets = targets.to(logs.dtype)
@@ -194,31 +192,7 @@ def soft_cross_entropy(
         return total / -normalizer
 
 
-class LossCapture(TorchFunctionMode):
-    """Hands every loss of `torch.nn.functional` that is called under it to `handler(fn, args, kwargs)`.
-
-    `handler` runs outside any compiled graph, so that the Python state it keeps never triggers a recompilation; the mode
-    itself holds none.
-    """
-
-    def __init__(self, handler: Callable[[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
-        super().__init__()
-        self.handler = torch.compiler.disable(handler)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in FUNCTIONAL_LOSSES:
-            return self.handler(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-# Dynamo may trace through the mode in a frame that it compiles, but must not compile the mode's own frame, anew for every
-# kind of operation, inside modules that it leaves alone (`nn.Sequential.compile()`).
-skip_code(LossCapture.__torch_function__.__code__)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return the context in which nothing is cast; entering `torch.autocast` costs as much as a small operation."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 

@@ -20,6 +20,7 @@ from fulgurite.compatibility import check, distinct_names
 from fulgurite.criteria import Criteria, observed
 from fulgurite.errors import RefusedError
 from fulgurite.intervention import HOOKS, Intervention, Step
+from fulgurite.losses import without_autocast
 from fulgurite.parameter_groups import grouped_apart
 from fulgurite.random import get_random_state
 from fulgurite.samples import SampleTracker
@@ -177,9 +178,16 @@ class Splice(pl.Callback):
             if operated:
                 return
             operated = True
+            earlier: list[str] = []
             for intervention in self._hooks["operate"]:
-                with self._timing(intervention, "operate"):
-                    intervention.operate(self.module)
+                try:
+                    with self._timing(intervention, "operate"):
+                        intervention.operate(self.module)
+                except RefusedError as refusal:
+                    if not earlier:
+                        raise
+                    raise RefusedError(f"{refusal} The model had been changed by {', '.join(earlier)}.") from refusal
+                earlier.append(self.names[intervention])
 
         self._patch(self.module, "configure_model", configure_model)
 
@@ -344,7 +352,7 @@ class Splice(pl.Callback):
             prefix = self.names[intervention]
             with (
                 self._timing(intervention, "penalty"),
-                torch.autocast(self.module.device.type, enabled=False),
+                without_autocast(self.module.device.type),
             ):
                 penalty = intervention.penalty(step)
             if penalty is None:

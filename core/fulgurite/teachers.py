@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from fulgurite import distributed
 from fulgurite.errors import FulguriteError
-from fulgurite.losses import LossCall, LossCapture
+from fulgurite.loss_capture import LossCapture
+from fulgurite.losses import LossCall
+from fulgurite.phase import LOGGERS, positional, silent
 from fulgurite.random import replayed
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ class FrozenCopy:
         self.module.requires_grad_(False)
         self.module.train(mode == "train")
         self._buffers = dict(self.module.named_buffers()) if mode == "train" else {}
-        for name in ("log", "log_dict", "print"):
-            self.module.__dict__[name] = _mute
+        for name in LOGGERS:
+            self.module.__dict__[name] = silent
         self._calls: list[LossCall] = []
         self._capture = LossCapture(self._observe)
         self._step: Step | None = None
-        self._arguments = _positional(self.module.training_step)
+        self._arguments = positional(self.module.training_step)
 
     def loss_call(self, step: Step, name: str) -> LossCall:
         """Return the call of the criterion that the copy makes on the step's batch; its outputs carry no gradient.
@@ -121,15 +122,3 @@ class _DetachedCopies(TorchFunctionMode):
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
-
-
-def _mute(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def _positional(function: Callable[..., Any]) -> int:
-    """How many of (batch, batch_idx) a training step takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 2
-    return min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from fulgurite import LossCall
 from fulgurite.errors import FulguriteError
-from fulgurite.losses import FUNCTIONAL_LOSSES, LossCapture, soft_cross_entropy
+from fulgurite.loss_capture import LossCapture
+from fulgurite.losses import FUNCTIONAL_LOSSES, soft_cross_entropy
 
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
 

@@ -34,6 +34,23 @@ def test_what_is_written_is_read_and_the_rest_counts_as_not_seen(storage, dtype)
     assert (memory.size, memory.shape) == (6, (2,))
 
 
+def test_a_complete_memory_no_longer_asks_what_was_seen_and_still_rejects():
+    memory = SampleMemory(2, (2,))
+    memory.write(torch.tensor([1]), rows(0.5))
+    memory.exchange()
+    assert memory.read(torch.tensor([0, 1]))[1].tolist() == [False, True]
+    memory.write(torch.tensor([0]), rows(0.25))
+    assert memory.read(torch.tensor([0, 1]))[1].tolist() == [True, True], "only an exchange may wait for the device"
+    memory.exchange()
+    memory.write(torch.tensor([0, 1]), rows(float("nan"), 0.75))
+    values, seen = memory.read(torch.tensor([0, 1]))
+    assert seen is None
+    assert torch.equal(values, rows(0.25, 0.75))
+    restored = SampleMemory(2, (2,))
+    restored.load_state_dict(memory.state_dict())
+    assert restored.read(torch.tensor([0]))[1] is None
+
+
 def test_memory_is_one_array_in_the_chosen_precision():
     memory = SampleMemory(100, (10,), torch.float16)
     assert memory.values.untyped_storage().nbytes() == 101 * 10 * 2

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ Storage = Literal["auto", "device", "cpu", "memmap"]
 class SampleMemory:
     """A row per training example, `[N, *shape]`, and which rows have been written.
 
-    A row whose sum is not finite is not stored (the old one stays); `rejected` counts them, on the device. On several
+    A row whose sum is not finite is not stored (the old one stays); `rejected` counts them, on the device, and the next
+    `exchange` warns of them. On several
     ranks each rank writes into its own copy at once and reads what it wrote itself and what it got in the last `exchange`;
     there is no second copy of the rows. All ranks make it together.
 
@@ -67,7 +69,9 @@ class SampleMemory:
         self._rows = self._allocate(size + 1, shape, dtype)
         self._written = torch.zeros(size + 1, dtype=torch.bool, device=self.device)
         self.values, self.seen = self._rows[:size], self._written[:size]  # one row more, for what is not stored
+        self._complete = False  # whether all rows are known to have been written
         self._rejected = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._reported = 0
         self._uncounted: list[Tensor] = []
         self._pending: list[Tensor] = []
         self._deferred: tuple[Tensor, Tensor, Any] | None = None
@@ -88,20 +92,34 @@ class SampleMemory:
             self._rejected += (~torch.cat(self._uncounted)).sum()
             self._uncounted.clear()
 
+    def _report(self) -> None:
+        """Say how many rows were left out since it was last said."""
+        rejected = int(self._rejected)
+        if rejected > self._reported:
+            warnings.warn(
+                f"{self.name} did not store {rejected - self._reported:,} rows that were not finite, {rejected:,} in all: what "
+                f"it remembers of these examples stays as it was. Look for the step whose outputs are NaN or infinite, for "
+                f"instance with Trainer(detect_anomaly=True).",
+                stacklevel=3,
+            )
+        self._reported = rejected
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one row."""
         return tuple(self.values.shape[1:])
 
-    def read(self, indices: Tensor, indices_on_device: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, indices: Tensor, indices_on_device: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the rows `[B, *shape]` of examples and whether each has been written `[B]`, on the device.
+
+        The second is None if, at the last exchange, all rows of the memory had been written.
 
         Args:
             indices: `[B]` on the CPU.
             indices_on_device: The same on the device, if the caller has it already.
         """
         on_device = indices.to(self.device) if indices_on_device is None else indices_on_device
-        seen = self.seen.index_select(0, on_device)
+        seen = None if self._complete else self.seen.index_select(0, on_device)
         if self.values.device == self.device:
             return self.values.index_select(0, on_device), seen
         self._flush()
@@ -131,7 +149,8 @@ class SampleMemory:
         finite = _finite(rows)
         self._uncounted.append(finite)  # counted once per epoch: small operations are most of what a write costs
         stored_at = torch.where(finite, on_device, self.size)
-        self._written.index_fill_(0, stored_at, True)
+        if not self._complete:
+            self._written.index_fill_(0, stored_at, True)
         if distributed.is_distributed():
             self._pending.append(indices)
         if self.values.device == self.device:
@@ -151,9 +170,11 @@ class SampleMemory:
         """
         self._flush()
         self._count()
+        self._report()
         if distributed.world()[1] > 1:
             self._apply(self._gather(*self._own_pending()), self.values.dtype)
             self._pending.clear()
+        self._complete = bool(self.seen.all())
 
     def state_dict(self, directory: Path | None = None) -> dict[str, Any]:
         """Return the state; on several ranks all of them must call this, and the state of rank 0 is the one to save.
@@ -199,7 +220,8 @@ class SampleMemory:
         self.values.copy_(saved)
         self.seen.copy_(state["seen"])
         self._uncounted.clear()
-        self._rejected.fill_(state["rejected"] if rank == 0 else 0)
+        self._reported = state["rejected"] if rank == 0 else 0
+        self._rejected.fill_(self._reported)
         self._pending.clear()
         pending = state["pending"]
         if len(pending) == world:
@@ -207,6 +229,7 @@ class SampleMemory:
             self._restore_pending(pending[rank])
         elif pending:
             self._apply(pending, saved.dtype)
+        self._complete = bool(self.seen.all())
 
     def _allocate(self, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.storage == "memmap":

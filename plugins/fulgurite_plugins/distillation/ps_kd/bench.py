@@ -83,11 +83,13 @@ def _memory_update(classes: int) -> Mapping[str, Block]:
 
 def _vectorised(indices: Tensor, targets: Tensor, predictions: Tensor) -> Callable[[], Tensor]:
     memory = SampleMemory(_N, tuple(predictions.shape[1:]), device=predictions.device)
+    memory.write(torch.arange(_N), predictions[torch.arange(_N) % _BATCH])  # as after the first epoch
+    memory.exchange()
     on_device = indices.to(predictions.device)
 
     def update() -> Tensor:
-        past, seen = memory.read(indices, on_device)
-        refined = refine_targets(targets, past, 0.5 * seen.unsqueeze(1))
+        past, _ = memory.read(indices, on_device)
+        refined = refine_targets(targets, past, 0.5)
         memory.write(indices, predictions, on_device)
         return refined
 

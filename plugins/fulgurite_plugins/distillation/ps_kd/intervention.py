@@ -192,7 +192,7 @@ class PSKD(Intervention):
             if self.dtype == "float16":
                 past = past.float()
                 past = past / past.sum(dim=1, keepdim=True).clamp_min(torch.finfo(past.dtype).tiny)
-            refined = self._refine(call, past, self.weight * seen.unsqueeze(1))
+            refined = self._refine(call, past, self.weight if seen is None else self.weight * seen.unsqueeze(1))
         self.memory.write(indices, predictions, on_device)
         return refined
 
