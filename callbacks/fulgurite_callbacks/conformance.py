@@ -8,14 +8,10 @@ from fulgurite_callbacks.calibration import Calibration
 from fulgurite_callbacks.learning_curves import LearningCurves
 from fulgurite_callbacks.step_cost import StepCost
 
-_READS_ONLY = {
-    "has_an_effect": "it changes nothing, and logs in validation and test only, which that training has not",
-}
-
 CASES = {
     "Calibration": (
-        Case(make=Calibration, off=Calibration, inapplicable=_READS_ONLY),
-        Case(label="plot", make=lambda: Calibration(plot=True), off=Calibration, inapplicable=_READS_ONLY),
+        Case(make=Calibration, off=Calibration, observes=True),
+        Case(label="plot", make=lambda: Calibration(plot=True), off=Calibration, observes=True),
     ),
     "StepCost": Case(make=StepCost),
     "LearningCurves": Case(make=LearningCurves),

@@ -86,9 +86,10 @@ class Expectation:
         direction: Whether `variant` should be lower or higher.
         wins: Seeds, out of the claim's, in which it must be so; None asks for no count.
         description: The expectation in words.
+        margin: By how much `variant` should be better at least; negative if it may be that much worse.
 
     Raises:
-        ValueError: If `direction` is neither, or a variant is compared with itself.
+        ValueError: If `direction` is neither, a variant is compared with itself, or `margin` is not finite.
     """
 
     setting: str
@@ -98,13 +99,19 @@ class Expectation:
     direction: Direction
     wins: int | None = None
     description: str = ""
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
+        _check(math.isfinite(self.margin), "margin", "Expectation", "a finite number", self.margin)
         _check(self.direction in get_args(Direction), "direction", "Expectation", "'lower' or 'higher'", self.direction)
         _check(self.variant != self.reference, "reference", "Expectation", "another variant", self.reference)
 
     def __str__(self) -> str:
         text = f"{self.setting}: {self.metric} of {self.variant} {self.direction} than of {self.reference}"
+        if self.margin > 0:
+            text += f" by at least {self.margin:g}"
+        elif self.margin < 0:
+            text += f", or worse by at most {-self.margin:g}"
         return text if self.wins is None else f"{text}, in at least {self.wins} seeds"
 
 
@@ -217,7 +224,9 @@ def _judge_one(expected: Expectation, seeds: int, records: Sequence[RunRecord]) 
         return ExpectationResult(expected, "undecided", None, reason)
     ours, theirs = zip(*pairs.values(), strict=True)
     difference = paired_difference(ours, theirs, better=expected.direction)
-    status, reason = _decide(difference, expected, seeds)
+    margin = expected.margin if expected.direction == "higher" else -expected.margin
+    asked = paired_difference(ours, [value + margin for value in theirs], better=expected.direction)
+    status, reason = _decide(asked, expected, seeds)
     unfinished = [seed for seed, values in pairs.items() if not all(map(math.isfinite, values))]
     if unfinished:
         status, reason = "undecided", f"Not finite for seed {', '.join(map(str, unfinished))}."
@@ -226,13 +235,14 @@ def _judge_one(expected: Expectation, seeds: int, records: Sequence[RunRecord]) 
 
 def _decide(difference: PairedDifference, expected: Expectation, seeds: int) -> tuple[Status, str]:
     required = expected.wins or 0
-    won = f"{expected.direction} in {difference.wins} of {difference.n} seeds"
+    than = f"{expected.direction} than the margin allows" if expected.margin < 0 else expected.direction
+    won = f"{than}{' by the margin' if expected.margin > 0 else ''} in {difference.wins} of {difference.n} seeds"
     if difference.n < max(2, required):
         return "undecided", f"Only {difference.n} of {seeds} seeds; at least {max(2, required)} are needed."
     required = math.ceil(required * max(difference.n, seeds) / seeds)
     on_claimed_side = difference.mean < 0 if expected.direction == "lower" else difference.mean > 0
     if not on_claimed_side:
-        return "refuted", f"The mean is not {expected.direction} ({won})."
+        return "refuted", f"The mean is not {than} ({won})."
     if not difference.excludes_zero:
         return "undecided", f"The interval contains zero ({won})."
     if difference.wins < required:

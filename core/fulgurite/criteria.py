@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from fulgurite import lightning_adapter
 from fulgurite.errors import RefusedError
 from fulgurite.intervention import Intervention, Step, named_losses
 from fulgurite.loss_capture import LossCapture
@@ -50,7 +51,7 @@ class Criteria:
         self._patch = patch
         self._timing = timing
         self._trace = trace
-        self._capture = LossCapture(self._on_functional_loss)
+        self._capture = LossCapture(self._on_functional_loss, lightning_adapter.is_compiled(module))
         self._matched: dict[Intervention, str] = {}
         self._inside: str | None = None
 
@@ -163,6 +164,7 @@ def observed(
     observers: Sequence[Intervention],
     names: Mapping[Intervention, str],
     make_step: Callable[[Any, int], Step | None],
+    compiled: bool,
 ) -> Callable[..., Any]:
     """Wrap a bound validation or test step so that `on_evaluation_loss` is told of the losses that it calls.
 
@@ -171,6 +173,7 @@ def observed(
         observers: The interventions that read the loss.
         names: The names of all interventions.
         make_step: Makes the step from batch and index; None if nobody is to be told.
+        compiled: Whether the module was compiled as a whole.
 
     Raises:
         RefusedError: When the step is run and calls no loss.
@@ -183,7 +186,7 @@ def observed(
         calls.append(LossCall.bound(fn, args, kwargs, step))
         return fn(*args, **kwargs)
 
-    capture = LossCapture(observe)
+    capture = LossCapture(observe, compiled)
 
     @functools.wraps(original)
     def evaluation_step(*args: Any, **kwargs: Any) -> Any:

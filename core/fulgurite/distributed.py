@@ -70,6 +70,14 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
             tensor.detach().copy_(value)
 
 
+def average_(tensor: Tensor) -> Tensor:
+    """Overwrite a tensor with its mean over all ranks, in one collective, and return it."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
+    return tensor
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return the value of every rank (small picklable things), in the order of ranks."""
     if not is_distributed():

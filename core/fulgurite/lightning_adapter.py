@@ -202,6 +202,16 @@ def after_each_batch(loader: Any, callback: Callable[[Any], None]) -> Callable[[
     return undo
 
 
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch as the training loop would hand it to the training step: converted, through the module's hooks, moved.
+
+    Private: `LightningModule._on_before_batch_transfer`; the loop calls the three in this order.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def is_compiled(module: pl.LightningModule) -> bool:
     """Return whether the whole LightningModule was passed through `torch.compile`. Private: `_compiler_ctx`."""
     return getattr(module, "_compiler_ctx", None) is not None

@@ -34,11 +34,15 @@ class LossCapture:
 
     Args:
         handler: Makes the call, or another one, and returns the loss.
+        compiled: Whether the code that calls the losses was compiled as a whole: then the mode stays, through which the
+            compiler traces. Under DDP it cannot make sense of the replacements.
     """
 
-    def __init__(self, handler: Callable[[Loss, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
+    def __init__(
+        self, handler: Callable[[Loss, tuple[Any, ...], dict[str, Any]], Tensor], compiled: bool = False
+    ) -> None:
         self._handler = handler
-        self._way: Literal["both", "mode", "attributes"] = "both"
+        self._way: Literal["both", "mode", "attributes"] = "mode" if compiled else "both"
         self._replacements = {name: self._replacement(function) for name, function in _LOSSES.items()}
         known = {replacement: _LOSSES[name] for name, replacement in self._replacements.items()}
         self._mode = _Mode({**dict(zip(_LOSSES.values(), _LOSSES.values(), strict=True)), **known}, self._on_mode)

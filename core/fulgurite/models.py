@@ -17,13 +17,20 @@ class MLP(nn.Sequential):
         input_shape: Shape of one input.
         num_classes: Number of outputs.
         hidden: Widths of the hidden layers.
+        dropout: Rate of dropout after each hidden layer; None for no such layers.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (128, 128)) -> None:
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hidden: Sequence[int] = (128, 128),
+        dropout: float | None = None,
+    ) -> None:
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
+            layers += [nn.Linear(before, after), nn.ReLU(), *([] if dropout is None else [nn.Dropout(dropout)])]
         super().__init__(*layers, nn.Linear(widths[-1], num_classes))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -92,8 +93,10 @@ def mean_gradients(loss: Tensor, tensors: Sequence[Tensor], *values: Tensor) -> 
     gradients = torch.autograd.grad(loss, list(tensors), allow_unused=True)
     parts = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]
     parts += [value.detach() for value in values]
-    flat = distributed.average_(torch.cat([part.reshape(-1).float() for part in parts]))
-    averaged = [chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+    dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
+    flat = distributed.average_(torch.cat([part.reshape(-1).to(dtype) for part in parts]))
+    chunks = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
+    averaged = [chunk.view_as(part).to(part.dtype) for chunk, part in chunks]
     return averaged[: len(tensors)], averaged[len(tensors) :]
 
 

@@ -117,7 +117,8 @@ class Splice(pl.Callback):
         if self._hooks["on_evaluation_loss"]:
             for method in ("validation_step", "test_step"):
                 original = getattr(self.module, method)
-                wrapped = observed(original, self._hooks["on_evaluation_loss"], self.names, self._evaluation_step)
+                observers, compiled = self._hooks["on_evaluation_loss"], lightning_adapter.is_compiled(self.module)
+                wrapped = observed(original, observers, self.names, self._evaluation_step, compiled)
                 self._patch(self.module, method, wrapped)
 
     def _lay_training(self) -> None:

@@ -23,7 +23,7 @@ class Digits(ClassificationDataModule):
         label_noise: Fraction of the training labels that get noise, in [0, 1]; exactly the rounded number is selected. The
             clean labels stay in `train_clean_targets`, the mask of the selected ones in `train_noisy`.
         noise_kind: `"symmetric"`: a class drawn from the others. `"pair"`: the next class. `"uniform"`: a class drawn from
-            all, so that some labels stay right.
+            all, so that some labels stay right. `"permute"`: the selected labels change places, so that some stay right.
         noise_seed: Seed of the noise.
         batch_size: Examples per batch.
         num_workers: Processes that load data; 0 for none.

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-NoiseKind = Literal["uniform", "symmetric", "pair"]
+NoiseKind = Literal["uniform", "symmetric", "pair", "permute"]
 
 
 def flip_labels(
@@ -16,14 +16,17 @@ def flip_labels(
 ) -> tuple[Tensor, Tensor]:
     """Give a random fraction of the examples noisy labels.
 
-    Equal generators make nested noise: what a smaller fraction changes, a larger one changes alike.
+    Equal generators make nested noise: what a smaller fraction changes, a larger one changes alike (of `"permute"`, the
+    selection is nested).
 
     Args:
         targets: Classes `[N]`, in `0 ... num_classes - 1`.
         num_classes: Number of classes `C`, at least 2.
         fraction: Fraction of the examples to select, in [0, 1]; exactly `round(fraction * N)` are.
         kind: `"symmetric"`: a class drawn uniformly from the others. `"pair"`: the next class, `c + 1` modulo `C`.
-            `"uniform"`: a class drawn uniformly from all, so that about one selected label in `C` stays right.
+            `"uniform"`: a class drawn uniformly from all, so that about one selected label in `C` stays right. `"permute"`:
+            the labels of the selected examples change places among them, so that every class keeps its number of labels and
+            some stay right.
         generator: The source of randomness.
 
     Returns:
@@ -46,7 +49,12 @@ def flip_labels(
         )
     n = len(targets)
     mask = torch.zeros(n, dtype=torch.bool)
-    mask[torch.randperm(n, generator=generator)[: round(fraction * n)]] = True
+    selected = torch.randperm(n, generator=generator)[: round(fraction * n)]
+    mask[selected] = True
+    if kind == "permute":
+        noisy = targets.clone()
+        noisy[selected] = targets[selected[torch.randperm(len(selected), generator=generator)]]
+        return noisy, mask
     if kind == "pair":
         offset = torch.ones(n, dtype=targets.dtype)
     else:

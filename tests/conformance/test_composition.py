@@ -12,7 +12,7 @@ from fulgurite import Capabilities, Intervention
 from fulgurite.errors import RefusedError
 from fulgurite.registry import registry
 from fulgurite.testing import Case
-from fulgurite.testing.composition import Member, check_composition, members
+from fulgurite.testing.composition import Member, check_composition, members, pairs
 from fulgurite.testing.lab import CLASSES, Plain
 
 
@@ -216,6 +216,31 @@ def test_cases_with_modules_of_their_own():
     assert {result.status for result in both.values()} == {"inapplicable"}
     one = compose(Smooth, Penalty, Smooth=Case(module=Own))
     assert {result.status for result in one.values()} == {"pass"}
+
+
+def test_quick_takes_neighbours_of_each_hook():
+    """Fails if the quick matrix grows with the square of the plugins, leaves one out, or never tries two at one place."""
+    kinds = [Smooth, Penalty, Mixes, Logs, Head, OtherHead, ScalesTheHead, Overwrites]
+    matrix = [Member(f"{kind.__name__} {i}", kind, Case()) for i in range(10) for kind in kinds]
+    chosen = pairs(matrix, quick=True)
+    assert len(pairs(matrix)) == 80 * 79
+    assert len(chosen) <= 2 * len(matrix) + len(matrix)  # all of them in one ring, and each in at most two more
+    assert {member for pair in chosen for member in pair} == set(matrix)
+    for hook in ("on_loss", "penalty", "operate"):
+        both = [pair for pair in chosen if all(member.make().overrides(hook) for member in pair)]
+        assert {m for pair in both for m in pair} == {m for m in matrix if m.make().overrides(hook)}
+    seen = {frozenset(pair) for pair in chosen}
+    assert len(seen) == len(chosen)
+    ahead = sum(matrix.index(first) < matrix.index(second) for first, second in chosen)
+    assert 0.4 < ahead / len(chosen) < 0.6
+
+
+def test_quick_finds_what_goes_wrong_between_neighbours():
+    """Fails if the quick matrix takes an order in which nothing is seen for both."""
+    matrix = [Member(kind.__name__, kind, Case()) for kind in (Head, OtherHead)]
+    (result,) = check_composition(matrix, quick=True)
+    assert result.status == "inapplicable"
+    assert pairs(matrix[:1], quick=True) == []
 
 
 def test_the_matrix_of_what_is_installed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from fulgurite.distributed import gather_rows
-from fulgurite.errors import RefusedError
+from fulgurite.errors import FulguriteError, RefusedError
 from fulgurite.intervention import Capabilities, Intervention
 from fulgurite.testing import Case, all_checks, check_component, processes
 from fulgurite.testing.lab import CLASSES
@@ -102,6 +103,48 @@ class StoresNaN(Intervention):
 
 class StoresFinite(StoresNaN):
     finite_only = True
+
+
+class WarnsOfNaN(StoresFinite):
+    words = "{name}: {count} means were not finite and were left out"
+
+    def __init__(self):
+        super().__init__()
+        self.missing = 0
+
+    def on_loss(self, call):
+        self.missing += (~call.probabilities().mean(dim=0).isfinite()).any()
+        return super().on_loss(call)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if int(self.missing):
+            warnings.warn(self.words.format(name=self.name, count=int(self.missing)), stacklevel=2)
+
+
+class WarnsOfSomethingElse(WarnsOfNaN):
+    words = "{name}: {count} of something"
+
+
+class WarnsWithoutName(WarnsOfNaN):
+    words = "{count} means were not finite"
+
+
+class LogsNaN(WarnsOfNaN):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log(f"{self.name}/not_finite", self.missing.float())
+
+
+class StopsAtNaN(StoresFinite):
+    words = "the outputs of batch 2 are not finite"
+
+    def on_loss(self, call):
+        if not bool(call.outputs.isfinite().all()):
+            raise FulguriteError(f"{self.name}: {self.words}")
+        return super().on_loss(call)
+
+
+class StopsAtNaNWithoutSaying(StopsAtNaN):
+    words = "batch 2 cannot be used"
 
 
 class MarksUnseenWithNaN(Intervention):
@@ -317,6 +360,39 @@ class DoesNotWait(Waits):
 
 
 # Loops
+
+
+class PenalisesParametersOnce(Decay):
+    capabilities = Capabilities(penalises_parameters=True)
+
+
+class PenalisesOutputsOnce(Intervention):
+    """Says of its penalty what is not true: of a window's micro-batches only the last is penalised."""
+
+    capabilities = Capabilities(reads_loss=True, penalises_parameters=True)
+
+    def penalty(self, step):
+        return 0.1 * step.outputs.square().mean()
+
+
+class HalvesItsPenalty(Decay):
+    """Counts less where a window is short, though it depends on the parameters only."""
+
+    capabilities = Capabilities(penalises_parameters=True)
+
+    def penalty(self, step):
+        done = (step.batch_idx + 1) % step.trainer.accumulate_grad_batches == 0
+        return super().penalty(step) * (1.0 if done else 0.5)
+
+
+class FetchesItsOwnBatch(Intervention):
+    """Honest: a DataLoader of its own works on the host, where `.item()` waits for nothing."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        data = torch.utils.data.TensorDataset(torch.zeros(4, 2))
+        state = torch.get_rng_state()
+        next(iter(torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)))
+        torch.set_rng_state(state)
 
 
 class CountsMicroBatches(Decay):
@@ -720,6 +796,10 @@ TABLE = [
     ("empty_batch", MeanOfNothing, MeanOfAny, "without examples"),
     ("last_batch_counts", DropsShortBatch, WeighsShortBatch, "it is dropped"),
     ("nan_batch", StoresNaN, StoresFinite, "state holds NaN"),
+    ("nan_is_reported", StoresFinite, WarnsOfNaN, "no warning or logged count says so"),
+    ("nan_is_reported", WarnsOfSomethingElse, LogsNaN, "no warning or logged count says so"),
+    ("nan_is_reported", WarnsWithoutName, Smooth, "no warning or logged count says so"),
+    ("nan_is_reported", StopsAtNaNWithoutSaying, StopsAtNaN, "does not say that it was for that"),
     ("workers", WritesIntoDataset, ScalesBatch, "workers"),
     ("limited_batches", ScheduleByLoader, ScheduleByLimit, "limit_train_batches"),
     ("reloaded_loader", ReplacesCollate, ScalesEveryBatch, "new loader every epoch"),
@@ -734,11 +814,13 @@ TABLE = [
     ("no_graph_is_kept", AppendsLosses, AppendsUntilEpochEnd, "more tensors alive"),
     ("no_graph_is_kept", GrowsOneTensor, GrowsUntilEpochEnd, "more bytes"),
     ("no_synchronisation", WaitsForItem, DoesNotWait, "item"),
-    ("no_synchronisation", WaitsForFloat, DoesNotWait, "__float__"),
+    ("no_synchronisation", WaitsForFloat, FetchesItsOwnBatch, "__float__"),
     ("no_synchronisation", WaitsForCondition, DoesNotWait, "__bool__"),
     ("no_synchronisation", SelectsByMask, DoesNotWait, "__getitem__"),
+    ("accumulation", PenalisesOutputsOnce, PenalisesParametersOnce, "two micro-batches"),
     ("accumulation", CountsMicroBatches, CountsUpdates, "two micro-batches"),
     ("short_last_window", WholeWindowsOnly, DecayOfGradients, "last window"),
+    ("short_last_window", HalvesItsPenalty, PenalisesParametersOnce, "last window"),
     ("gradient_clipping", AddsAfterClipping, DecayOfGradients, "clipped at 0.01"),
     ("frozen_unused_tied", ShrinksAll, ShrinksTrainable, "frozen parameter has changed"),
     ("frozen_unused_tied", WritesBuffers, ShrinksTrainable, "buffer"),
@@ -799,7 +881,41 @@ def test_the_check_lets_the_honest_twin_pass(check, twin):
 
 def test_every_check_has_an_offender():
     assert len(MINE) > 20
-    assert set(MINE) == {check for check, *_ in TABLE}
+    assert set(MINE) == {check for check, *_ in TABLE} | {ON_A_GPU}
+
+
+ON_A_GPU = "no_synchronisation_on_a_gpu"
+
+
+class MakesOnTheHost(Waits):
+    """Waits though nothing asks for a value: what is made on the host is copied in every step."""
+
+    def factor(self, loss):
+        factors = torch.tensor([0.9, 1.1]).to(loss.device)
+        return torch.where(loss > 1.0, factors[0], factors[1])
+
+
+def test_without_a_gpu_the_check_on_a_gpu_says_so(monkeypatch):
+    """Fails if a machine without a GPU counts a check that was not run."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = outcome(WaitsForItem, ON_A_GPU)
+    assert (result.status, result.reason) == ("inapplicable", "needs a CUDA device")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offender", [WaitsForItem, SelectsByMask, MakesOnTheHost])
+def test_on_a_gpu_a_wait_is_found_where_it_is(offender):
+    """Fails if CUDA's own count of synchronisations is not read, or does not say where."""
+    result = outcome(offender, ON_A_GPU)
+    assert result.status == "fail", result
+    assert "test_loops_and_ranks.py" in result.reason
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_does_not_wait_passes():
+    """Fails if a wait of Lightning's or of the loader's is held against a method."""
+    result = outcome(DoesNotWait, ON_A_GPU)
+    assert result.status == "pass", result.detail
 
 
 # Honest methods of several kinds, against all of these checks
@@ -886,7 +1002,7 @@ def test_an_honest_method_passes_every_check(honest, inapplicable):
     case = Case(inapplicable=inapplicable)
     results = list(check_component(honest, cases=[case], names=MINE, quick=True))
     assert {r.check: r.reason for r in results if r.status == "fail"} == {}
-    assert {r.check for r in results if r.status == "inapplicable"} == set(inapplicable)
+    assert {r.check for r in results if r.status == "inapplicable"} - {ON_A_GPU} == set(inapplicable)
 
 
 # What the checks stand on

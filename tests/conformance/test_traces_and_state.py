@@ -113,8 +113,67 @@ class IdleAndCounting(Counting):
         self.count += 1
 
 
-class Remembers(IdleAndCounting):
-    """A probe: it has no weight that could be zero."""
+class LogsAConstant(Decay):
+    def penalty(self, step: Step) -> Any:
+        return None
+
+    def value(self, module: nn.Module) -> Any:
+        return 1.0
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("watched", self.value(pl_module))
+
+
+class LogsSquares(LogsAConstant):
+    def value(self, module: nn.Module) -> Any:
+        return squares(module).detach()
+
+
+class RemembersSquares(IdleAndCounting):
+    """A probe: it logs nothing, and remembers something of the training."""
+
+    def penalty(self, step: Step) -> Any:
+        self.count += squares(step.module).detach()
+
+
+class _AsItIs(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+
+class RenamesOnly(Intervention):
+    """Parametrises a weight by what it is."""
+
+    part: type[nn.Module] = _AsItIs
+
+    def operate(self, module: pl.LightningModule) -> None:
+        if not parametrize.is_parametrized(module.network[1]):
+            parametrize.register_parametrization(module.network[1], "weight", self.part())
+
+
+class AddsAParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+
+class AddsOnly(RenamesOnly):
+    part = AddsAParameter
+
+
+class LogsAfterAll(LogsSquares):
+    pass
+
+
+class Unobtrusive(Intervention):
+    pass
+
+
+class DecaysInSecret(Decay):
+    pass
 
 
 class LogsItself(Plain):
@@ -908,8 +967,14 @@ TABLE = [
     Row("identity_when_off", LowersRateAtTheEnd, Decay, "the state of the optimizer differs"),
     Row("identity_when_off", SetAfterwards, Decay, "`off` of the case makes a Idle, `make` a SetAfterwards"),
     Row("watches_only", Renormalises, Watch, "parameters differ"),
-    Row("has_an_effect", Idle, Decay, "parameters are those of a training without it, it logs nothing"),
-    Row("has_an_effect", IdleAndCounting, Remembers, "parameters are those of a training without it"),
+    Row("has_an_effect", Idle, Decay, "it trains what a training without it does"),
+    Row("has_an_effect", LogsSquares, Decay, "`observes=True` in its case"),
+    Row("has_an_effect", LogsAConstant, LogsAfterAll, "the same whatever is trained"),
+    Row("has_an_effect", IdleAndCounting, RemembersSquares, "the same whatever is trained"),
+    Row("has_an_effect", Unobtrusive, RemembersSquares, "it logs and remembers nothing"),
+    Row("has_an_effect", DecaysInSecret, LogsAfterAll, "its case says that it only observes"),
+    Row("has_an_effect", RenamesOnly, Operates, "the model has other parameters, and it trains what"),
+    Row("has_an_effect", AddsOnly, Operates, "the model has other parameters, and it trains what"),
     Row("random_streams", DrawsFromTorch, DrawsOfItsOwn, "random streams stand elsewhere"),
     Row("random_streams", DrawsFromNumpy, DrawsOfItsOwn, "random streams stand elsewhere"),
     Row("random_streams", DrawsFromPython, DrawsOfItsOwn, "random streams stand elsewhere"),
@@ -977,7 +1042,10 @@ TABLE = [
 CASES: dict[tuple[str, type], Case] = {
     ("identity_when_off", SetAfterwards): Case(make=SetAfterwards, off=Idle),
     ("has_an_effect", Idle): Case(make=Idle, module=LogsItself),
-    ("has_an_effect", Remembers): Case(make=Remembers),
+    **{
+        ("has_an_effect", cls): Case(make=cls, observes=True)
+        for cls in (LogsAConstant, LogsAfterAll, IdleAndCounting, RemembersSquares, Unobtrusive, DecaysInSecret)
+    },
     ("configuration_round_trip", SetAfterwards): Case(make=made_and_changed),
     ("configuration_round_trip", NormalisesItsArgument): Case(make=lambda: NormalisesItsArgument("torch.float16")),
     ("two_instances", SharedTensor): Case(make=lambda: SharedTensor(next(_TAGS))),

@@ -10,22 +10,24 @@ import threading
 import pytest
 import torch
 
-from fulgurite import Intervention
+from fulgurite import FulguriteError, Intervention
 from fulgurite.bench import (
     Case,
     Classifier,
     Estimate,
+    Missing,
     Row,
     Target,
     Training,
-    _order,
     batches,
     calls,
     interleave,
+    peer,
     run_case,
     trainers,
     training_memory,
 )
+from fulgurite.bench.running import _order
 
 
 def test_every_variant_has_every_place_equally_often_in_a_cycle():
@@ -102,6 +104,24 @@ def test_calls_give_seconds_per_call():
     seconds = block()
     assert done["n"] - before > 1
     assert 0 < seconds < 1e-2
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_the_reason():
+    def make():
+        import surely_not_installed
+
+        return surely_not_installed.function
+
+    blocks = calls({"ours": lambda: None, "peer": peer(make, "surely-not"), "other": peer(lambda: sum, "builtins")})
+    assert not isinstance(blocks["other"], Missing)
+    del blocks["other"]
+    target = Target("peer", "ratio", at_least=1.0)
+    ours, missing = run_case(Case("case", lambda: blocks, "ours", targets=(target,), rounds=2))
+    assert (ours.variant, ours.missing, len(ours.values)) == ("ours", None, 2)
+    assert missing.missing == "No module named 'surely_not_installed'; to measure it: pip install --no-deps surely-not"
+    assert target.judge(missing) == "not measured"
+    with pytest.raises(FulguriteError, match="surely_not_installed"):
+        blocks["peer"]()
 
 
 class Counting(Intervention):

@@ -111,6 +111,26 @@ def test_one_refuted_expectation_outweighs_the_others():
     assert (verdict.outcome, [r.status for r in verdict.results]) == ("inconclusive", ["held", "undecided"])
 
 
+def test_a_margin_moves_the_line():
+    """By at least so much better, or by at most so much worse; the published difference stays what it is."""
+    at_least = Expectation("clean", "new", "baseline", "test/nll", "lower", margin=0.05)
+    more = Expectation("clean", "new", "baseline", "test/nll", "lower", margin=0.2)
+    (result,) = judge(claim(at_least), runs(CLEAR)).results
+    assert result.status == "held"
+    assert result.difference is not None
+    assert result.difference.mean == pytest.approx(-0.1)
+    assert [r.status for r in judge(claim(more), runs(CLEAR)).results] == ["refuted"]
+    worse = [-d for d in CLEAR]
+    allowed = Expectation("clean", "new", "baseline", "test/nll", "lower", margin=-0.2)
+    higher = Expectation("clean", "new", "baseline", "test/nll", "higher", margin=0.2)
+    assert judge(claim(allowed), runs(worse)).outcome == "reproduced"
+    assert judge(claim(higher), runs(worse)).outcome == "not reproduced"
+    assert str(at_least).endswith("lower than of baseline by at least 0.05")
+    assert str(allowed).endswith("lower than of baseline, or worse by at most 0.2")
+    with pytest.raises(ValueError, match="`margin` of Expectation"):
+        Expectation("clean", "new", "baseline", "test/nll", "lower", margin=math.nan)
+
+
 def test_unknown_names_are_refused_with_a_suggestion():
     with pytest.raises(ValueError, match=r"`setting`.*'clear'\. Did you mean 'clean'"):
         claim(expect(setting="clear"))

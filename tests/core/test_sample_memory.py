@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -356,3 +357,37 @@ def test_ranks_with_training_sets_of_different_sizes_are_refused(monkeypatch):
             SampleMemory(4 + rank, name="Notes")
 
     Ranks(monkeypatch, 2).run(run)
+
+
+def test_rows_that_are_left_out_are_reported_once_per_exchange():
+    """Fails if a user never learns that the memory lacks what a NaN batch should have written, or is told in every step."""
+    memory = SampleMemory(6, (2,), name="Mine")
+    rows = torch.ones(3, 2)
+    rows[1] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory.write(torch.tensor([0, 1, 2]), rows)
+        memory.write(torch.tensor([3, 4, 5]), rows)
+    with pytest.warns(UserWarning, match=r"Mine did not store 2 rows that were not finite, 2 in all"):
+        memory.exchange()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory.exchange()
+        memory.write(torch.tensor([0, 1, 2]), torch.ones(3, 2))
+        memory.exchange()
+    memory.write(torch.tensor([0, 1, 2]), rows)
+    with pytest.warns(UserWarning, match=r"Mine did not store 1 rows that were not finite, 3 in all"):
+        memory.exchange()
+
+
+def test_what_an_earlier_run_reported_is_not_reported_again():
+    """Fails if every resumed run begins with the warnings of the first one."""
+    memory = SampleMemory(3, (2,), name="Mine")
+    memory.write(torch.tensor([0, 1, 2]), torch.full((3, 2), torch.inf))
+    with pytest.warns(UserWarning, match="Mine did not store 3 rows"):
+        state = memory.state_dict()
+    resumed = SampleMemory(3, (2,), name="Mine")
+    resumed.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.exchange()

@@ -116,6 +116,54 @@ def test_shuffled_order_is_new_in_each_epoch_and_the_same_for_the_same_seed():
     assert drawn(1)[0] != first
 
 
+def test_kept_length_repeats_the_part_until_the_epoch_is_as_long_as_with_everything():
+    """Counts differ by at most one in an epoch; each round is a permutation of its own; steps and epochs stay."""
+    change = run({-1: lambda s: s.restrict(torch.tensor([0, 2, 5]), keep_length=True)}, helpers.loader(helpers.data(8)))
+    for drawn in change.drawn:
+        assert len(drawn) == 8
+        assert sorted(drawn[:3]) == sorted(drawn[3:6]) == [0, 2, 5]
+        assert set(drawn[6:]) < {0, 2, 5}
+        assert len(set(drawn[6:])) == 2
+    assert len({tuple(drawn[start : start + 3]) for drawn in change.drawn for start in (0, 3)}) > 2
+    assert change.batches == [1, 1, 1]
+    ordered = run({-1: lambda s: s.restrict(torch.tensor([0, 2, 5]), keep_length=True)}, epochs=1)
+    assert ordered.drawn == [[0, 2, 5, 0, 2, 5, 0, 2]]
+    assert ordered.batches == [4]
+
+
+def test_kept_length_ends_with_the_restriction():
+    keep = {-1: lambda s: s.restrict(torch.tensor([1, 3]), keep_length=True), 0: to(1, 3), 1: reset}
+    assert run(keep).batches == [4, 1, 4]
+
+
+def test_choice_is_made_from_the_loader_when_lightning_asks_for_it():
+    """Once, with the user's own loader; None stands for everything; a wrong choice is named like a wrong restriction."""
+    seen = []
+
+    def choose(loader: Any) -> torch.Tensor:
+        seen.append(loader)
+        return torch.arange(len(loader.dataset))[1::2]
+
+    change = run({-1: lambda s: s.restrict_by(choose)})
+    assert change.drawn == [[1, 3, 5, 7]] * 3
+    assert [type(loader.sampler).__name__ for loader in seen] == ["SequentialSampler"]
+    assert run({-1: lambda s: s.restrict_by(lambda loader: None)}).batches == [4, 4, 4]
+    assert run({-1: lambda s: s.restrict_by(choose, keep_length=True)}, epochs=1).drawn == [[1, 3, 5, 7] * 2]
+    with pytest.raises(RefusedError, match="none twice"):
+        run({-1: lambda s: s.restrict_by(lambda loader: torch.tensor([1, 1]))})
+
+
+def test_the_whole_loader_can_be_asked_for_while_a_part_is_trained_on():
+    lengths = []
+
+    def look(subset: TrainingSubset) -> None:
+        lengths.append(len(subset.unrestricted_loader()))
+
+    change = run({-1: to(1, 3), 0: look})
+    assert lengths == [4]
+    assert change.batches == [1, 1, 1]
+
+
 def test_draws_by_weight_have_the_right_frequencies():
     weights_ = torch.tensor([1.0, 2.0, 3.0, 4.0] * 500)
     change = run({-1: lambda s: s.reweight(weights_)}, helpers.loader(helpers.data(2000), batch_size=500), epochs=1)

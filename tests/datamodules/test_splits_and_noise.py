@@ -68,7 +68,7 @@ def test_stratified_order_depends_on_its_seed_only() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.333, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["uniform", "symmetric", "pair"])
+@pytest.mark.parametrize("kind", ["uniform", "symmetric", "pair", "permute"])
 def test_exactly_the_rounded_fraction_is_selected_and_nothing_else_changes(fraction: float, kind: str) -> None:
     """A coin per example would select a random number of them."""
     clean = torch.randint(0, 10, (797,), generator=generator(1))
@@ -105,6 +105,18 @@ def test_noise_is_nested_more_of_it_keeps_what_less_of_it_changed() -> None:
     assert torch.equal(many[few_mask], few[few_mask])
 
 
+def test_permuted_labels_are_those_of_the_selected_examples_in_another_order() -> None:
+    """Fails if classes gain or lose labels, if other examples take part, or if the order is not random."""
+    clean = (torch.arange(4000) % 5 == 0).long()
+    noisy, mask = flip_labels(clean, 2, 0.3, "permute", generator())
+    assert torch.equal(noisy[mask].sort().values, clean[mask].sort().values)
+    share = float(clean[mask].double().mean())
+    right = float((noisy[mask] == clean[mask]).double().mean())
+    assert abs(right - share**2 - (1 - share) ** 2) < 5 * 0.5 / 1200**0.5
+    _, fewer = flip_labels(clean, 2, 0.1, "permute", generator())
+    assert bool(mask[fewer].all())
+
+
 def test_two_classes_symmetric_noise_is_the_other_class() -> None:
     noisy, _ = flip_labels(torch.tensor([0, 1, 1]), 2, 1.0, "symmetric", generator())
     assert noisy.tolist() == [1, 0, 0]
@@ -115,7 +127,10 @@ def test_two_classes_symmetric_noise_is_the_other_class() -> None:
     [
         (([0], 3, 1.5, "pair"), r"`fraction` of flip_labels to be a fraction in \[0, 1\], but got 1.5"),
         (([0], 3, float("nan"), "pair"), "but got nan"),
-        (([0], 3, 0.5, "pairs"), "`kind` of flip_labels to be one of 'uniform', 'symmetric', 'pair', but got 'pairs'"),
+        (
+            ([0], 3, 0.5, "pairs"),
+            "`kind` of flip_labels to be one of 'uniform', 'symmetric', 'pair', 'permute', but got 'pairs'",
+        ),
         (([0], 1, 0.5, "pair"), "`num_classes` of flip_labels to be at least 2, but got 1"),
         (([0, 3], 3, 0.5, "pair"), r"in 0 ... 2, but got values from 0 to 3"),
     ],

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `fulgurite`. A command's module is imported when it is chosen, so that `list` stays quick."""
+"""The command `fulgurite`. A command's module is imported when it is chosen, so that `list` stays quick.
+
+Distributions add commands in the entry-point group `fulgurite.commands`: the name of the command, and the function that is
+called with the words after it and returns the exit status. Listing them imports none of their code.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
 import fulgurite
-from fulgurite.errors import FulguriteError, nearest
+from fulgurite.errors import FulguriteError, PluginError, nearest
+
+COMMANDS = "fulgurite.commands"
+"""The entry-point group of commands that plugins bring."""
 
 _COMMANDS = {
     "list": ("catalogue", "show what is installed"),
@@ -61,17 +69,51 @@ def _dispatch(command: str, argv: list[str]) -> int:
         sys.stdout.write(f"fulgurite {fulgurite.__version__}\n")
         return 0
     if command not in _COMMANDS:
-        raise FulguriteError(f"No command {command!r}.{nearest(command, _COMMANDS)} `fulgurite --help` shows all.")
-    if _COMMANDS[command][0] in ("train", "compare") and not {"", os.getcwd()} & set(sys.path):
-        # A configuration may name classes of the user's own files; they are found as `python -m` finds them.
-        sys.path.insert(0, os.getcwd())
+        return _run_added(command, argv)
+    if _COMMANDS[command][0] in ("train", "compare"):
+        _find_users_files()
     module = importlib.import_module(f"fulgurite.cli.{_COMMANDS[command][0]}")
     return int(module.run(command, argv))
 
 
+def _find_users_files() -> None:
+    """Let a configuration name classes of the user's own files; they are found as `python -m` finds them."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+
+
+def _added() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Return who declares each command that is not Fulgurite's own; a command of ours cannot be replaced."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in sorted(importlib.metadata.entry_points(group=COMMANDS)):
+        if point.name not in _COMMANDS:
+            found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _run_added(command: str, argv: list[str]) -> int:
+    added = _added()
+    if command not in added:
+        known = [*_COMMANDS, *added]
+        raise FulguriteError(f"No command {command!r}.{nearest(command, known)} `fulgurite --help` shows all.")
+    points = added[command]
+    if len({point.value for point in points}) > 1:
+        owners = " and by ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
+        raise PluginError(f"Command {command!r} is declared by {owners}. Uninstall all but one.")
+    _find_users_files()
+    try:
+        run = points[0].load()
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(". ")
+        raise PluginError(f"Command {command!r}: {points[0].value} cannot be imported: {reason}.") from error
+    return int(run(argv))
+
+
 def _help() -> str:
-    width = max(map(len, _COMMANDS))
-    commands = "\n".join(f"  {name:{width}}  {summary}" for name, (_, summary) in _COMMANDS.items())
+    known = {name: summary for name, (_, summary) in _COMMANDS.items()}
+    known |= {name: f"added by {points[0].module}" for name, points in _added().items()}
+    width = max(map(len, known))
+    commands = "\n".join(f"  {name:{width}}  {summary}" for name, summary in known.items())
     return f"""usage: fulgurite COMMAND ...
 
 Methods of research papers on regularisation, as plugins for PyTorch Lightning trainers that already exist.

@@ -113,6 +113,8 @@ def _verdicts(case: Case, rows: Sequence[Row]) -> dict[str, str]:
 def _cells(case: Case, row: Row) -> list[str]:
     """Return variant, value, ratio, difference and target as text."""
     show = format_seconds if case.unit == "seconds" else format_bytes
+    if row.missing is not None:
+        return [row.variant, "", "", "", f"not measured: {row.missing}"]
     if row.variant == case.reference:
         compared = ["reference", ""]
     else:
@@ -151,11 +153,11 @@ def _table(case: Case, rows: Sequence[Row]) -> Any:
     table = Table(title=Text(case.name), title_justify="left", header_style="bold")
     for number, name in enumerate(_head(case)):
         table.add_column(name, justify="left" if number in (0, 4) else "right")
-    styles = {"met": "green", "missed": "red", "unclear": "yellow", None: ""}
+    styles = {"met": "green", "missed": "red", "unclear": "yellow"}
     verdicts = _verdicts(case, rows)
     for row in rows:
         *cells, goal = map(Text, _cells(case, row))
-        goal.stylize(styles[verdicts.get(row.variant)])
+        goal.stylize(styles.get(verdicts.get(row.variant, ""), ""))
         table.add_row(*cells, goal)
     return table
 
@@ -182,7 +184,9 @@ def _as_data(facts: dict[str, str], measured: Sequence[tuple[Case, Sequence[Row]
                 "unit": case.unit,
                 "reference": case.reference,
                 "rows": [
-                    {
+                    {"variant": row.variant, "missing": row.missing}
+                    if row.missing is not None
+                    else {
                         "variant": row.variant,
                         "value": asdict(row.value),
                         "ratio": asdict(row.ratio),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from fulgurite.errors import FulguriteError, PluginError, nearest
@@ -38,6 +38,15 @@ def run(command: str, argv: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="plugins or components; by default all plugins")
     parser.add_argument("--quick", action="store_true", help="leave out the checks that take long")
     parser.add_argument("--only", action="append", metavar="CHECK", help="run this check only; may be repeated")
+    parser.add_argument(
+        "--strategy", metavar="NAME", help="train with this strategy on one device, for instance ddp; not composition"
+    )
+    parser.add_argument(
+        "--precision", metavar="NAME", help="train in this precision, for instance bf16-mixed; not composition"
+    )
+    parser.add_argument(
+        "--support", action="store_true", help="write what is supported to SUPPORT.md, beside each manifest"
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="write which checks were executed")
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="fail if a check that --record wrote is not executed"
@@ -51,6 +60,7 @@ def run(command: str, argv: list[str]) -> int:
     from rich.console import Console
 
     from fulgurite.testing import all_checks
+    from fulgurite.testing.trainers import trainer_settings
 
     console = Console(file=sys.stderr if arguments.json else sys.stdout)
     known = all_checks()
@@ -62,8 +72,14 @@ def run(command: str, argv: list[str]) -> int:
         return 0
     for name in set(arguments.only or ()) - set(known):
         raise FulguriteError(f"No check {name!r}.{nearest(name, known)} `fulgurite check --list` shows all.")
+    chosen = {"strategy": arguments.strategy, "precision": arguments.precision}
+    if arguments.support and (arguments.only or arguments.quick or any(chosen.values())):
+        raise FulguriteError(
+            "--support says what all checks have found: leave out --only, --quick, --strategy, --precision."
+        )
+    trainer_settings(**chosen)
     subjects, unusable = _subjects(arguments.names)
-    results = [*unusable, *_check(subjects, arguments.only, arguments.quick, console)]
+    results = [*unusable, *_check(subjects, arguments.only, arguments.quick, chosen, console)]
     if arguments.against:
         results += _dropped(results, arguments.against, None if not arguments.quick else known)
     failures = [result for result in results if result.status == "fail"]
@@ -72,6 +88,8 @@ def run(command: str, argv: list[str]) -> int:
         print()
     else:
         _print(console, results)
+    if arguments.support:
+        _write_support(results)
     if arguments.record:
         write_whole(arguments.record, json.dumps(executed(results), indent=1) + "\n")
     if arguments.junit:
@@ -119,12 +137,16 @@ def _unusable(name: str, error: PluginError) -> Result:
 
 
 def _check(
-    subjects: Sequence[tuple[Plugin, Component]], only: Sequence[str] | None, quick: bool, console: Console
+    subjects: Sequence[tuple[Plugin, Component]],
+    only: Sequence[str] | None,
+    quick: bool,
+    chosen: Mapping[str, Any],
+    console: Console,
 ) -> Iterator[Result]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fulgurite.testing import check_component
-    from fulgurite.testing.composition import check_composition, members
+    from fulgurite.testing.composition import check_composition, members, pairs
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -132,13 +154,27 @@ def _check(
         with redirect_stdout(io.StringIO()):  # of what components print, nothing may get into the JSON
             for plugin, component in subjects:
                 progress.update(task, description=f"{plugin.name}.{component.name}")
-                for result in check_component(component, plugin, names=only, quick=quick):
+                for result in check_component(component, plugin, names=only, quick=quick, **chosen):
                     progress.update(task, description=f"{plugin.name}.{result.subject}: {result.check}")
                     yield result
                 progress.advance(task)
-            if only is None:
-                progress.update(task, description="every pair of interventions, in both orders")
-                yield from check_composition(members(subjects, every_case=not quick))
+            if only is None and not any(chosen.values()):
+                matrix = members(subjects, every_case=not quick)
+                task = progress.add_task("pairs of interventions", total=len(pairs(matrix, quick)))
+                for result in check_composition(matrix, quick):
+                    progress.update(task, advance=1, description=result.component)
+                    yield result
+
+
+def _write_support(results: Sequence[Result]) -> None:
+    """Write the support of each plugin that has interventions beside its manifest."""
+    from fulgurite.cli.show import support_path
+    from fulgurite.testing.support import support
+
+    for plugin in dict.fromkeys(result.plugin for result in results):
+        text = support(plugin, [result for result in results if result.plugin == plugin])
+        if text:
+            write_whole(support_path(plugin), text)
 
 
 def executed(results: Sequence[Result]) -> dict[str, list[str]]:
@@ -248,5 +284,5 @@ def markdown(command: str, results: Sequence[Result]) -> str:
             reasons.setdefault((result.check, result.reason), []).append(f"`{result.subject}`")
     if reasons:
         lines = [f"- {name}, {', '.join(who)}: {why}" for (name, why), who in reasons.items()]
-        parts.append("\n".join(["Failed (✗) or inapplicable (–), and why:", "", *lines]))  # noqa: RUF001
+        parts.append("\n".join(["Why they failed (✗) or are inapplicable (–), or how they passed:", "", *lines]))  # noqa: RUF001
     return "\n\n".join(parts) + "\n"

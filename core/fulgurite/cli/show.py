@@ -77,6 +77,7 @@ def describe(plugin: Plugin, components: Sequence[Component]) -> dict[str, Any]:
         "claim": plugin.claim,
         "bench": plugin.bench,
         "card": _card(plugin, entry),
+        "support": _support(plugin.name),
         "components": [_component(plugin, component, entry) for component in components],
     }
 
@@ -191,12 +192,38 @@ def _card(plugin: Plugin, entry: Entry) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
+def support_path(slug: str) -> Path:
+    """Return where `fulgurite check SLUG --support` writes what a plugin supports: beside its manifest.
+
+    Raises:
+        PluginError: If the manifest stands in no package, whose folder is its own.
+    """
+    entry = next(entry for entry in registry().entries if entry.name == slug)
+    module = importlib.import_module(entry.target.partition(":")[0])
+    if not hasattr(module, "__path__"):
+        raise PluginError(
+            f"Plugin {slug!r}: SUPPORT.md stands beside the manifest, in the folder of its package, but {module.__name__} "
+            f"is a single module. Make it a package."
+        )
+    return Path(module.__path__[0]) / "SUPPORT.md"
+
+
+def _support(slug: str) -> str | None:
+    try:
+        path = support_path(slug)
+    except PluginError:
+        return None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if facts["card"]:
         console.print(Markdown(_plain_equations(facts["card"])))
     else:
         console.print(Text(facts["name"], style="bold"), Text(facts["summary"]), sep="\n")
+    if facts["support"]:
+        console.print(Markdown(_plain_equations(facts["support"])))
     console.print()
     if facts["paper"]:
         _print_paper(console, Paper(**{key: value for key, value in facts["paper"].items() if key != "citation"}))

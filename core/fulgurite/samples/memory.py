@@ -28,7 +28,7 @@ class SampleMemory:
     """A row per training example, `[N, *shape]`, and which rows have been written.
 
     A row whose sum is not finite is not stored (the old one stays); `rejected` counts them, on the device, and the next
-    `exchange` warns of them. On several
+    `exchange` or `state_dict` warns of them. On several
     ranks each rank writes into its own copy at once and reads what it wrote itself and what it got in the last `exchange`;
     there is no second copy of the rows. All ranks make it together.
 
@@ -97,9 +97,9 @@ class SampleMemory:
         rejected = int(self._rejected)
         if rejected > self._reported:
             warnings.warn(
-                f"{self.name} did not store {rejected - self._reported:,} rows that were not finite, {rejected:,} in all: what "
-                f"it remembers of these examples stays as it was. Look for the step whose outputs are NaN or infinite, for "
-                f"instance with Trainer(detect_anomaly=True).",
+                f"{self.name} did not store {rejected - self._reported:,} rows that were not finite, {rejected:,} in all: "
+                f"what it remembers of these examples stays as it was. Look for the step whose outputs are NaN or infinite, "
+                f"for instance with Trainer(detect_anomaly=True).",
                 stacklevel=3,
             )
         self._reported = rejected
@@ -187,6 +187,8 @@ class SampleMemory:
                 holds the hash. Without it the rows go into the state.
         """
         self._flush()
+        self._count()
+        self._report()
         rank, world = distributed.world()
         pending = self._gather(*self._own_pending()) if world > 1 else []
         rejected = sum(distributed.gather_objects(int(self.rejected)))

@@ -8,12 +8,24 @@ In a repository of your own, this is a whole test file:
     @parametrize_with_checks("my_plugin")
     def test_conformance(check):
         check()
+
+or, without a file, `pytest --fulgurite-check my_plugin`. What imports torch is imported when it is first used: pytest loads
+the plugin of this package whenever it starts.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fulgurite.testing.case import Case
 from fulgurite.testing.check import CheckError, InapplicableError, Result, check, expect
-from fulgurite.testing.pytest_support import parametrize_with_checks
-from fulgurite.testing.runner import all_checks, check_component
+
+if TYPE_CHECKING:
+    from fulgurite.testing.pytest_support import parametrize_with_checks
+    from fulgurite.testing.runner import all_checks, check_component
+
+_HEAVY = {"all_checks": "runner", "check_component": "runner", "parametrize_with_checks": "pytest_support"}
 
 __all__ = [
     "Case",
@@ -26,3 +38,9 @@ __all__ = [
     "expect",
     "parametrize_with_checks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HEAVY:
+        return getattr(importlib.import_module(f"fulgurite.testing.{_HEAVY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,8 @@ class Case:
         label: Tells several cases of one component apart, for instance `"snapshot"`.
         module: Makes the LightningModule to train; None takes the kit's classifiers.
         data: Makes the training dataset, of pairs `(input, class)`; None takes the kit's.
+        observes: Whether it trains nothing otherwise, and only logs or remembers. It is held to both: what is trained stays
+            as it is, bit for bit, and what it logs or remembers depends on the training.
         arguments: For functions, losses and modules: makes the positional arguments of one call, seeded.
         inapplicable: Checks that do not apply, by name, each with the reason. They are not run, and the reason stands in
             every table; there is no way to run a check and not to count its failure.
@@ -37,5 +39,6 @@ class Case:
     label: str = ""
     module: Callable[[], pl.LightningModule] | None = None
     data: Callable[[], Any] | None = None
+    observes: bool = False
     arguments: Callable[[], tuple[Any, ...]] | None = None
     inapplicable: Mapping[str, str] = field(default_factory=dict)

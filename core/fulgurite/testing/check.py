@@ -35,14 +35,14 @@ class Check:
     Args:
         name: The name in tables, that of the function without `check_`.
         kinds: The kinds of components that it applies to.
-        run: Called with the laboratory; raises `CheckError` or `InapplicableError`.
+        run: Called with the laboratory; raises `CheckError` or `InapplicableError`. What it returns is a note to the pass.
         quick: Whether `--quick` runs it.
         promise: The first line of the function's docstring: what would break for a user.
     """
 
     name: str
     kinds: tuple[str, ...]
-    run: Callable[[Any], None]
+    run: Callable[[Any], str | None]
     quick: bool
     promise: str
 
@@ -57,8 +57,8 @@ class Result:
         label: Which of its cases.
         check: Name of the check.
         status: `"pass"`, `"fail"` or `"inapplicable"`.
-        reason: One line: why it failed or does not apply. Colours and other control characters, which XML forbids and a
-            terminal obeys, are taken out of it and of `detail`.
+        reason: One line: why it failed or does not apply, or how it passed: by a refusal. Colours and other control
+            characters, which XML forbids and a terminal obeys, are taken out of it and of `detail`.
         detail: The traceback of a failure.
         seconds: How long it took.
     """
@@ -82,14 +82,17 @@ class Result:
         return f"{self.component} ({self.label})" if self.label else self.component
 
 
+REFUSED = "refused by name"
+"""How the note to a pass begins, if the component refuses to train so, and says so before training."""
+
 CHECKS: dict[str, Check] = {}
 """Every check by name, in the order in which they are run."""
 
 
-def check(*kinds: str, quick: bool = True) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+def check(*kinds: str, quick: bool = True) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
     """Register a function `check_<name>(lab)` as a check of components of certain kinds."""
 
-    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         name = function.__name__.removeprefix("check_")
         promise = (function.__doc__ or "").strip().split("\n")[0]
         CHECKS[name] = Check(name, kinds, function, quick, promise)
@@ -106,6 +109,7 @@ def run_check(wanted: Check, lab: Any, plugin: Plugin, component: Component, cas
     through.
     """
     from fulgurite.testing.surroundings import preserved
+    from fulgurite.testing.watchdog import HangError, ended_after
 
     def result(status: Status, reason: object = "", detail: str = "") -> Result:
         seconds = time.perf_counter() - start
@@ -116,19 +120,19 @@ def run_check(wanted: Check, lab: Any, plugin: Plugin, component: Component, cas
     if wanted.name in case.inapplicable:
         return result("inapplicable", case.inapplicable[wanted.name])
     try:
-        with preserved(), contextlib.redirect_stdout(io.StringIO()):
-            wanted.run(lab)
+        with preserved(), ended_after(), contextlib.redirect_stdout(io.StringIO()):
+            note = wanted.run(lab)
     except InapplicableError as reason:
         if _raised_by_the_kit(reason, wanted):
             return result("inapplicable", reason)
         return result("fail", f"the component itself raises InapplicableError: {reason}", traceback.format_exc())
-    except CheckError as error:
+    except (CheckError, HangError) as error:
         return result("fail", error, traceback.format_exc())
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit, and what test runners raise to skip a test, silence nothing
         return result("fail", f"{type(error).__name__}: {str(error).strip()}", traceback.format_exc())
-    return result("pass")
+    return result("pass", note or "")
 
 
 def _raised_by_the_kit(error: InapplicableError, wanted: Check) -> bool:
@@ -136,6 +140,16 @@ def _raised_by_the_kit(error: InapplicableError, wanted: Check) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     origin = str(frames[-1].f_globals.get("__name__", ""))
     return origin == wanted.run.__module__ or f"{origin}.".startswith(f"{__package__}.")
+
+
+def refused(component: Any, refusal: Exception) -> str:
+    """Return the note that a component refused to train so; it must have said its name.
+
+    Raises:
+        CheckError: If the message does not name it.
+    """
+    expect(component.name.lower() in str(refusal).lower(), f"refused without its name: {refusal}")
+    return f"{REFUSED}: {refusal}"
 
 
 def expect(condition: object, reason: str) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from fulgurite.errors import RefusedError
-from fulgurite.intervention import Intervention
+from fulgurite.intervention import HOOKS, Intervention
 from fulgurite.plugin import Component, Plugin
 from fulgurite.testing.case import Case
 from fulgurite.testing.check import CheckError, Result, Status, expect
-from fulgurite.testing.lab import Lab, Run
+from fulgurite.testing.lab import EXAMPLES, Lab, Run
 from fulgurite.testing.runner import cases_of
 from fulgurite.testing.surroundings import preserved
+from fulgurite.testing.watchdog import HangError, ended_after
 
 _SMALL = 1e-6
 """A difference of parameters below which a method has not changed the training."""
@@ -65,22 +66,49 @@ def members(subjects: Iterable[tuple[Plugin, Component]], every_case: bool = Tru
     return found
 
 
-def check_composition(matrix: Sequence[Member]) -> Iterator[Result]:
-    """Train with every pair of interventions in both orders, ten steps each, and yield a result for each order.
+def pairs(matrix: Sequence[Member], quick: bool = False) -> list[tuple[Member, Member]]:
+    """Return the pairs to train with, in the order of the trainer's callbacks: of all, each pair in both orders.
+
+    With `quick`, the number of pairs grows as that of the interventions does: for each two-way hook, those that implement it
+    stand in a ring, and neighbours are paired; so are all of them, whatever they implement. Every intervention is tried
+    beside others that act at the same place. Of each pair one order is taken, in turn this one and that.
+    """
+    if not quick:
+        return [order for pair in itertools.combinations(matrix, 2) for order in (pair, pair[::-1])]
+    rings = [list(range(len(matrix))), *_implementing(matrix).values()]
+    found = {tuple(sorted(pair)): None for ring in rings for pair in zip(ring, ring[1:] + ring[:1], strict=True)}
+    chosen = [(matrix[i], matrix[j]) for i, j in sorted(found) if i != j]
+    return [pair if number % 2 == 0 else pair[::-1] for number, pair in enumerate(chosen)]
+
+
+def _implementing(matrix: Sequence[Member]) -> dict[str, list[int]]:
+    """Return which members implement each hook, or take something for themselves alone."""
+    found: dict[str, list[int]] = {}
+    for number, member in enumerate(matrix):
+        try:
+            instance = member.make()
+        except Exception:  # the checks of the component, and its other pair, report it
+            continue
+        for name in (*filter(instance.overrides, HOOKS), *instance.capabilities.exclusive):
+            found.setdefault(name, []).append(number)
+    return found
+
+
+def check_composition(matrix: Sequence[Member], quick: bool = False) -> Iterator[Result]:
+    """Train with pairs of interventions, ten steps each, and yield a result for each; which ones, `pairs` says.
 
     A pair passes if nothing fails, parameters stay finite and both effects are there: where both change the training, the
     result is that of neither alone; where one only reads, it changes nothing beside the other; what one logs alone is
     logged. A pair that is refused before training is inapplicable if the message names both, and else a failure.
     """
     trainings = _Trainings()
-    for first, second in itertools.combinations(matrix, 2):
-        for pair in ((first, second), (second, first)):
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                yield _compose(*pair, trainings)
-            finally:
-                torch.set_num_threads(threads)
+    for first, second in pairs(matrix, quick):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield _compose(first, second, trainings)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _compose(first: Member, second: Member, trainings: _Trainings) -> Result:
@@ -88,10 +116,10 @@ def _compose(first: Member, second: Member, trainings: _Trainings) -> Result:
     status: Status = "pass"
     reason = detail = ""
     try:
-        with preserved(), contextlib.redirect_stdout(io.StringIO()):
+        with preserved(), ended_after(), contextlib.redirect_stdout(io.StringIO()):
             reason = _check(first, second, trainings)
         status = "inapplicable" if reason else "pass"
-    except CheckError as error:
+    except (CheckError, HangError) as error:
         status, reason, detail = "fail", str(error), traceback.format_exc()
     except (Exception, SystemExit) as error:
         line = (str(error).strip().splitlines() or [""])[0]
@@ -155,12 +183,15 @@ class _Trainings:
 
 
 def _train(case: Case, interventions: list[Intervention]) -> Run:
-    """Train for ten steps in two epochs, and validate."""
+    """Train for ten steps in two epochs, and validate after each on one batch."""
     lab = Lab(case, Intervention)
     loader = lab.loader(drop_last=True)  # five batches of eight
-    return lab.fit(interventions, loader=loader, validation=lab.loader(shuffle=False), max_epochs=2, max_steps=10)
+    validation = lab.loader(batch_size=EXAMPLES, shuffle=False)
+    return lab.fit(
+        interventions, loader=loader, validation=validation, max_epochs=2, max_steps=10, num_sanity_val_steps=0
+    )
 
 
 def _apart(a: Run, b: Run) -> float:
     """Return the largest difference of parameters; infinite if one model has others than the other."""
-    return float((a.weights - b.weights).abs().max()) if a.weights.shape == b.weights.shape else math.inf
+    return float((a.weights - b.weights).abs().max()) if a.has_the_weights_of(b) else math.inf

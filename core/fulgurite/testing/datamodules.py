@@ -7,6 +7,7 @@ import pickle
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 from fulgurite.testing.check import InapplicableError, check, expect
-from fulgurite.testing.lab import Lab, RandomStreams, make_trainer, quiet
-from fulgurite.testing.processes import on_ranks
+from fulgurite.testing.lab import Lab, RandomStreams
+from fulgurite.testing.processes import elsewhere, on_ranks
+from fulgurite.testing.trainers import contained, make_trainer
 
 _PARTS = ("train", "val", "test")
 _MOST = 200
@@ -37,16 +39,45 @@ def _make(lab: Lab) -> Any:
     return data
 
 
-def _ready(lab: Lab, seed: int = 1) -> tuple[Any, bool]:
-    """Return the data made under a seed, once for all checks, and whether that moved the global random streams."""
+@dataclass
+class _Made:
+    """The data, made once for all checks; whether that moved the global random streams; what it tried to connect to."""
 
-    def make() -> tuple[Any, bool]:
-        torch.manual_seed(seed)
-        before = RandomStreams.now()
-        data = _make(lab)
-        return data, not RandomStreams.now().same_as(before)
+    data: Any
+    moved: bool
+    tried: list[str]
 
-    return lab.remember(f"data made under seed {seed}", make)
+
+def _ready(lab: Lab) -> _Made:
+    """Return the data made under a seed: without a network if they can be, else with it."""
+    made = _without_network(lab)
+    return made if made.data is not None else lab.remember("data, from the network", lambda: _seeded(lab, seed=1))
+
+
+def _without_network(lab: Lab) -> _Made:
+    """Return the data made as on a machine without a network; None for the data if it needs one."""
+
+    def make() -> _Made:
+        with _no_network() as tried:
+            try:
+                made = _seeded(lab, seed=1)
+            except Exception:
+                if not tried:
+                    raise
+                return _Made(None, False, tried)
+        return replace(made, tried=tried)
+
+    return lab.remember("data", make)
+
+
+def _seeded(lab: Lab, seed: int) -> _Made:
+    """Make the data under a seed, and take a batch."""
+    torch.manual_seed(seed)
+    before = RandomStreams.now()
+    data = _make(lab)
+    moved = not RandomStreams.now().same_as(before)
+    next(iter(data.train_dataloader()))
+    return _Made(data, moved, [])
 
 
 def _loaders(data: Any, part: str) -> list[Any]:
@@ -90,24 +121,36 @@ def _frozen(example: Any) -> Any:
 @check("datamodule")
 def check_splits_are_seeded(lab: Lab) -> None:
     """Another training seed gives another test set, so that test examples of one run were trained on in another."""
-    (first, _), (second, _) = _ready(lab, seed=1), _ready(lab, seed=2)
+
+    def other() -> dict[str, Any]:
+        return _compared(_seeded(lab, seed=2).data)
+
+    with elsewhere(
+        other
+    ) as wait:  # in a process that has not made them yet: a datamodule may keep what it has drawn once
+        first = _compared(_ready(lab).data)
+        second = wait()
     for part in _PARTS[1:]:
-        expect(_examples(first, part) == _examples(second, part), f"the {part} part depends on the global seed")
-    targets = [[e[1] for e in _examples(data, "train") if isinstance(e, tuple)] for data in (first, second)]
-    expect(targets[0] == targets[1], "the training labels, or their order, depend on the global seed")
+        expect(first[part] == second[part], f"the {part} part depends on the global seed")
+    expect(first["labels"] == second["labels"], "the training labels, or their order, depend on the global seed")
+
+
+def _compared(data: Any) -> dict[str, Any]:
+    """Return what must not depend on the seed: the parts that are held out, and the training labels."""
+    labels = [example[1] for example in _examples(data, "train") if isinstance(example, tuple)]
+    return {"labels": labels, **{part: _examples(data, part) for part in _PARTS[1:]}}
 
 
 @check("datamodule")
 def check_setup_draws_nothing(lab: Lab) -> None:
     """Making the data moves the global random streams, so that a run depends on where its data were made."""
-    _, moved = _ready(lab)
-    expect(not moved, "making it draws from the global random streams")
+    expect(not _ready(lab).moved, "making it draws from the global random streams")
 
 
 @check("datamodule")
 def check_splits_are_disjoint(lab: Lab) -> None:
     """Examples of validation or test are trained on."""
-    data, _ = _ready(lab)
+    data = _ready(lab).data
     indices = _indices(data)
     if indices is None:
         raise InapplicableError(
@@ -131,7 +174,7 @@ def _indices(data: Any) -> list[Tensor] | None:
 @check("datamodule")
 def check_it_pickles(lab: Lab) -> None:
     """Spawned processes cannot get the data."""
-    data, _ = _ready(lab)
+    data = _ready(lab).data
     copied = pickle.loads(pickle.dumps(data))
     for part in _PARTS:
         found = []
@@ -169,12 +212,7 @@ def _no_network() -> Iterator[list[str]]:
 @check("datamodule")
 def check_no_network(lab: Lab) -> None:
     """It downloads when it is used, and fails on a machine without a connection."""
-    with _no_network() as tried:
-        try:
-            next(iter(_make(lab).train_dataloader()))
-        except Exception:
-            if not tried:
-                raise
+    tried = _without_network(lab).tried
     expect(not tried, f"it connects to {', '.join(dict.fromkeys(tried))}")
 
 
@@ -209,13 +247,14 @@ def check_ranks_partition_the_data(lab: Lab) -> None:
         module, data = _Idle(), lab.make()
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
         trainer = make_trainer(strategy=strategy, devices=2, max_steps=1, limit_val_batches=0)
-        with quiet():
+        with contained():
             trainer.fit(module, datamodule=data)
         return module.seen
 
-    if len(_loaders(_ready(lab)[0], "train")) != 1:
+    loaders = _loaders(_ready(lab).data, "train")
+    if len(loaders) != 1:
         raise InapplicableError("its training takes several loaders")
-    (loader,) = _loaders(_ready(lab)[0], "train")
+    (loader,) = loaders
     first, second = map(set, on_ranks(shard))
     twice = len(first & second)
     if isinstance(loader.dataset, IterableDataset):
@@ -230,7 +269,7 @@ def check_ranks_partition_the_data(lab: Lab) -> None:
 @check("datamodule")
 def check_batches(lab: Lab) -> None:
     """Its batches are not what it says of itself."""
-    data, _ = _ready(lab)
+    data = _ready(lab).data
     for part in _PARTS:
         for loader in _loaders(data, part):
             _check_batch(data, part, next(iter(loader)))

@@ -4,15 +4,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-import logging
 import math
 import random
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fulgurite.testing.case import Case
 from fulgurite.testing.check import InapplicableError, expect
+from fulgurite.testing.trainers import contained, make_trainer
+from fulgurite.testing.watchdog import HangError
 
 FEATURES, CLASSES, EXAMPLES, BATCH = (1, 6, 6), 4, 44, 8
 """44 examples in batches of 8: five batches and an uneven last one of 4."""
@@ -103,12 +99,18 @@ class Run:
     trainer: pl.Trainer
     streams: RandomStreams
     callbacks: tuple[Any, ...] = ()
+    said: tuple[str, ...] = ()
 
     @property
     def weights(self) -> Tensor:
         """All parameters and floating-point buffers, in one vector."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return torch.cat([t.detach().flatten().to(torch.float64) for t in tensors if t.is_floating_point()])
+
+    def has_the_weights_of(self, other: Run) -> bool:
+        """Return whether each number of `weights` means the same in both: surgery gives a model other parameters."""
+        names = [[name for name, _ in (*m.named_parameters(), *m.named_buffers())] for m in (self.module, other.module)]
+        return names[0] == names[1] and self.weights.shape == other.weights.shape
 
 
 @dataclass
@@ -119,11 +121,13 @@ class Lab:
         case: The component's case.
         make: Makes an instance of the component.
         target: The component itself: a class, or a function.
+        settings: Arguments of every trainer, unless a check sets them itself: `strategy` and `precision`, if not default.
     """
 
     case: Case
     make: Callable[..., Any]
     target: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     _remembered: dict[str, Any] = field(default_factory=dict)
 
     def module(self) -> pl.LightningModule:
@@ -145,10 +149,9 @@ class Lab:
             raise InapplicableError(f"the check needs {n} examples, and the case's data are {len(data)}")
         return data if len(data) == n else Subset(data, range(n))
 
-    def batches(self, *bounds: int) -> DataLoader[Any]:
-        """Return a loader of these batches: `batches(0, 12, 24)` gives the examples 0 to 11, and 12 to 23."""
-        parts = [list(range(*pair)) for pair in itertools.pairwise(bounds)]
-        return DataLoader(self.examples(), batch_sampler=parts)
+    def in_order(self, batch_size: int, n: int = EXAMPLES) -> DataLoader[Any]:
+        """Return a loader of the first `n` examples in their order."""
+        return DataLoader(self.examples(n), batch_size)
 
     def loader(self, **arguments: Any) -> DataLoader[Any]:
         """Return the shuffling training loader."""
@@ -162,15 +165,17 @@ class Lab:
         loader: Any = None,
         validation: Any = None,
         checkpoint: Any = None,
+        start: int = 1,
         **trainer: Any,
     ) -> Run:
         """Train from a seed that is always the same; two calls with equal arguments draw equal random numbers."""
         module = self.module() if module is None else module
-        seed(module)
-        made = make_trainer(callbacks, **trainer)
-        with quiet():
+        seed(module, start)
+        made = make_trainer(callbacks, **{**self.settings, **trainer})
+        with contained() as said:
             made.fit(module, self.loader() if loader is None else loader, validation, ckpt_path=checkpoint)
-        return Run(getattr(module, "_orig_mod", module), made, RandomStreams.now(), tuple(callbacks))
+        trained = getattr(module, "_orig_mod", module)
+        return Run(trained, made, RandomStreams.now(), tuple(callbacks), tuple(said))
 
     def reference(self, key: str = "plain", **arguments: Any) -> Run:
         """Return the training without the component; trained once per key, and not to be changed."""
@@ -185,10 +190,10 @@ class Lab:
         if key not in self._remembered:
             try:
                 self._remembered[key] = compute()
-            except Exception as error:
+            except (Exception, HangError) as error:
                 self._remembered[key] = error
         found = self._remembered[key]
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         return found
 
@@ -201,56 +206,35 @@ class Lab:
         if self.case.module is not None:
             raise InapplicableError("the case brings a module of its own, and the check needs the kit's")
 
+    def needs_default(self, setting: str) -> None:
+        """Say that a check sets the `strategy` or the `precision` itself, and does not apply where another was asked for.
+
+        Raises:
+            InapplicableError: If another was asked for.
+        """
+        if setting in self.settings:
+            raise InapplicableError(
+                f"the check sets the {setting} itself, and {self.settings[setting]!r} was asked for"
+            )
+
+    @property
+    def rounding(self) -> float:
+        """How far apart two trainings may end that compute the same in batches of other sizes."""
+        return 1e-4 if "precision" not in self.settings or self.settings["precision"].startswith(("32", "64")) else 3e-2
+
 
 def expect_close(a: Run, b: Run, reason: str, tolerance: float = 1e-6) -> None:
     """Raise `CheckError` unless two trainings end with equal weights, up to a tolerance."""
+    expect(a.weights.shape == b.weights.shape, f"{reason} ({len(a.weights)} and {len(b.weights)} numbers)")
     apart = float((a.weights - b.weights).abs().max())
     expect(apart <= tolerance, f"{reason} (largest difference {apart:.2g})")
 
 
-def seed(module: nn.Module) -> None:
+def seed(module: nn.Module, start: int = 1) -> None:
     """Set all global generators and the module's parameters, buffers left as they are."""
-    pl.seed_everything(1, verbose=False)
+    pl.seed_everything(start, verbose=False)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
-
-
-def make_trainer(callbacks: Sequence[Any] = (), **arguments: Any) -> pl.Trainer:
-    """Return a quiet CPU trainer of two epochs."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "default_root_dir": _folder().name,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    with quiet():
-        return pl.Trainer(callbacks=list(callbacks), **{**defaults, **arguments})
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Return the folder for what components write, which would else be the one in which the user called the kit."""
-    return tempfile.TemporaryDirectory()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's messages and warnings out of the tables."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def equal_states(a: Any, b: Any) -> bool:

@@ -9,11 +9,13 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 import torch
+from torch import distributed
 
 from fulgurite.errors import RefusedError
 from fulgurite.testing.check import CheckError, InapplicableError
@@ -27,6 +29,48 @@ _GRACE = 3.0
 _Answer = tuple[Literal["value", "error", "refused", "inapplicable"], Any]
 
 
+@contextmanager
+def elsewhere(function: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+    """Begin to compute what `function()` returns in a forked process; yield what waits for it, and returns or raises it.
+
+    What the process has loaded or remembered since the fork is not known there. On a system that cannot fork, it is computed
+    in this process when it is asked for.
+    """
+    try:
+        _needs_fork()
+    except InapplicableError:
+        yield function
+        return
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(function, writing), daemon=True)
+    process.start()
+    writing.close()
+    try:
+        yield lambda: _value(_receive([reading], TIME_LIMIT)[0])
+    finally:
+        process.kill()
+        process.join()
+        reading.close()
+
+
+def _value(answer: _Answer) -> Any:
+    kind, value = answer
+    if kind != "value":
+        raise {"refused": RefusedError, "inapplicable": InapplicableError}.get(kind, CheckError)(value)
+    return value
+
+
+def _needs_fork() -> None:
+    """Raise InapplicableError if this system, or this process, cannot be forked."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise InapplicableError("this system cannot fork processes")
+    if torch.cuda.is_initialized():
+        raise InapplicableError("CUDA is in use in this process, which cannot be forked any more; check in a fresh one")
+    if distributed.is_initialized():
+        raise InapplicableError("a process group is open in this process, which the ranks would inherit")
+
+
 def on_ranks(function: Callable[[int], Any], ranks: int = 2, seconds: float | None = None) -> list[Any]:
     """Return what `function(rank)` returns in each of several processes, which are forked and so need no pickling.
 
@@ -38,10 +82,9 @@ def on_ranks(function: Callable[[int], Any], ranks: int = 2, seconds: float | No
     Raises:
         CheckError: If one of them fails or they do not end in time.
         RefusedError: If it is raised on every rank.
-        InapplicableError: If it is raised on a rank, or if this system cannot fork.
+        InapplicableError: If it is raised on a rank, or if this system, or this process, cannot fork.
     """
-    if "fork" not in multiprocessing.get_all_start_methods():
-        raise InapplicableError("this system cannot fork processes")
+    _needs_fork()
     for _ in range(3):
         answers = _answers(function, ranks, TIME_LIMIT if seconds is None else seconds)
         if not any(kind == "error" and "EADDRINUSE" in text for kind, text in answers):
@@ -109,9 +152,13 @@ def _run(function: Callable[[int], Any], rank: int, ranks: int, port: int, pipe:
         RANK=str(rank),
         WORLD_SIZE=str(ranks),
     )
+    _send(lambda: function(rank), pipe)
+
+
+def _send(function: Callable[[], Any], pipe: Connection) -> None:
     torch.set_num_threads(1)  # a forked process must not use the thread pool of its parent
     try:
-        answer: _Answer = ("value", function(rank))
+        answer: _Answer = ("value", function())
     except RefusedError as refusal:
         answer = ("refused", str(refusal))
     except InapplicableError as reason:

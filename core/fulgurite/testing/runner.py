@@ -16,6 +16,7 @@ from fulgurite.registry import registry
 from fulgurite.testing.case import Case
 from fulgurite.testing.check import CHECKS, Check, Result, expect, run_check
 from fulgurite.testing.lab import Lab
+from fulgurite.testing.trainers import trainer_settings
 
 _CHECK_MODULES = ("datamodules", "functions", "interventions", "metrics", "modules", "optimizers", "tasks")
 MANIFEST = "manifest"
@@ -74,6 +75,8 @@ def check_component(
     cases: Sequence[Case] | None = None,
     names: Sequence[str] | None = None,
     quick: bool = False,
+    strategy: str | None = None,
+    precision: str | None = None,
 ) -> Iterator[Result]:
     """Run every check that applies to a component, one after the other, and yield the results.
 
@@ -85,10 +88,14 @@ def check_component(
         cases: How to make instances; None takes what the manifest says.
         names: Names of the checks to run; None for all.
         quick: Whether to leave out the checks that take long.
+        strategy: The strategy of every training, `"ddp"` for instance, on one device; by default Lightning's.
+        precision: The precision of every training, for instance `"bf16-mixed"`.
 
     Raises:
-        FulguriteError: If a name is that of no check, or the cases that were passed are not usable.
+        FulguriteError: If a name is that of no check, the cases that were passed are not usable, or the kit cannot train
+            with this strategy and precision.
     """
+    settings = trainer_settings(strategy, precision)
     if plugin is None or isinstance(component, type):
         plugin, component = _describe(component)
     for name in set(names or ()) - set(all_checks()):
@@ -110,7 +117,7 @@ def check_component(
         yield Result(plugin.name, component.name, "", MANIFEST, "fail", reason, traceback.format_exc())
         return
     for case in cases:
-        lab = Lab(case, target if case.make is None else _instances_of(target, case.make), target)
+        lab = Lab(case, target if case.make is None else _instances_of(target, case.make), target, settings)
         for wanted in kind_checks:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)

@@ -206,6 +206,7 @@ def _difference(old: Any, new: Any) -> str:
         return f"{', '.join(names)} changed"
     if isinstance(old, list):
         return f"{len(old)} before, {len(new)} after" if len(old) != len(new) else "an entry was replaced"
+    old, new = (getattr(value, "__qualname__", value) for value in (old, new))
     return f"{old} before, {new} after"
 
 

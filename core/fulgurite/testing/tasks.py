@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from fulgurite.intervention import Intervention
 from fulgurite.losses import LossCall
 from fulgurite.testing.check import CheckError, InapplicableError, check, expect
-from fulgurite.testing.lab import CLASSES, EXAMPLES, FEATURES, Lab, Run, expect_close, quiet
+from fulgurite.testing.lab import CLASSES, EXAMPLES, FEATURES, Lab, Run, expect_close
 from fulgurite.testing.processes import on_ranks
+from fulgurite.testing.trainers import contained
 
 
 def _fit(lab: Lab, callbacks: Any = (), **arguments: Any) -> Run:
@@ -30,7 +31,7 @@ def _fit(lab: Lab, callbacks: Any = (), **arguments: Any) -> Run:
 
 
 def _predict(lab: Lab, run: Run) -> Tensor:
-    with quiet():
+    with contained():
         batches: Any = run.trainer.predict(run.module, lab.loader(shuffle=False))
     return torch.cat([torch.as_tensor(batch) for batch in batches])
 
@@ -43,7 +44,7 @@ def check_task_in_every_stage(lab: Lab) -> None:
     start = _fit(lab, max_epochs=0)
     expect(run.weights.isfinite().all(), "parameters are not finite after two epochs")
     expect(not torch.equal(run.weights, start.weights), "fit does not change the parameters")
-    with quiet():
+    with contained():
         values = {
             **run.trainer.callback_metrics,
             **run.trainer.validate(run.module, held_out, verbose=False)[0],
@@ -124,7 +125,7 @@ def check_task_accumulates(lab: Lab) -> None:
     """Two accumulated micro-batches do not give what one batch of twice the size gives: its loss is no mean."""
     whole = _fit(lab, loader=lab.loader(batch_size=22, shuffle=False))
     parts = _fit(lab, loader=lab.loader(batch_size=11, shuffle=False), accumulate_grad_batches=2)
-    expect_close(whole, parts, "two micro-batches of 11 do not give what one batch of 22 gives", 1e-4)
+    expect_close(whole, parts, "two micro-batches of 11 do not give what one batch of 22 gives", lab.rounding)
 
 
 @check("task")
@@ -160,7 +161,10 @@ def check_task_on_two_ranks(lab: Lab) -> None:
     )
     expect(torch.equal(first["weights"], second["weights"]), "the ranks end with different parameters")
     apart = float((one["weights"] - first["weights"]).abs().max())
-    expect(apart <= 1e-4, f"two ranks with batches of 11 do not give what one gives with 22 (difference {apart:.2g})")
+    expect(
+        apart <= lab.rounding,
+        f"two ranks with batches of 11 do not give what one gives with 22 (difference {apart:.2g})",
+    )
     held_out = [name for name in one["metrics"] if not name.startswith("train")]
     different = [n for n in held_out if abs(first["metrics"].get(n, torch.inf) - one["metrics"][n]) > 1e-3]
     expect(not different, f"two ranks validate otherwise than one: {', '.join(sorted(different))}")

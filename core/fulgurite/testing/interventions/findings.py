@@ -14,8 +14,8 @@ from fulgurite.testing.surroundings import fingerprint
 
 _ABSENT = object()
 _PRIMITIVE = (bool, int, float, str, type(None))
-_OWN = ("should_stop",)
-"""What a callback may set on the trainer: Lightning resets it at the next `fit`."""
+_OWN = ("should_stop", "val_check_batch")
+"""What a callback may set on the trainer, or a smaller training set: Lightning sets it anew at the next `fit`."""
 
 
 class Same:
@@ -109,6 +109,8 @@ def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
         seen.add(id(part))
         yield path, part
         for key, value in vars(part).items():
+            if key == "_data_fetcher":
+                continue  # it leads to the same loaders once more, under other names
             module = type(value).__module__.partition(".")[0]
             theirs = module in ("lightning", "pytorch_lightning", "lightning_fabric") and hasattr(value, "__dict__")
             if theirs and not isinstance(value, (pl.LightningModule, pl.LightningDataModule, pl.Callback, type)):

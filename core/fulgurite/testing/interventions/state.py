@@ -123,12 +123,18 @@ def check_pickle_and_deepcopy(lab: Lab) -> None:
         same = equal_states(stored_arguments(copied), stored_arguments(component))
         expect(same, f"{how} has other arguments than the original")
     lab.fit([component])
+    for name in _LIGHTNINGS:
+        vars(component).pop(name, None)  # bound methods of the trained module, which need not pickle
     original, contents = copied_state(component), fingerprint(_data(component))
     for how, twin in _copies(component):
         expect(equal_states(copied_state(twin), original), f"{how} of a trained instance has another state")
         lab.fit([twin], loader=lab.loader(batch_size=5), max_epochs=3)
         untouched = equal_states(copied_state(component), original) and fingerprint(_data(component)) == contents
         expect(untouched, f"training with {how} changes the original")
+
+
+_LIGHTNINGS = ("log", "log_dict")
+"""What Lightning puts on every callback that it trains with."""
 
 
 def _copies(component: Any) -> Iterator[tuple[str, Any]]:
@@ -141,7 +147,7 @@ def _copies(component: Any) -> Iterator[tuple[str, Any]]:
 
 def _data(component: Any) -> dict[str, Any]:
     """Return the attributes that are data: not what Lightning puts on every callback."""
-    return {name: value for name, value in vars(component).items() if name not in ("log", "log_dict")}
+    return {name: value for name, value in vars(component).items() if name not in _LIGHTNINGS}
 
 
 @check("intervention", "callback")
@@ -150,7 +156,7 @@ def check_state_loads_safely(lab: Lab) -> None:
     component = lab.make()
     with tempfile.TemporaryDirectory() as folder:
         early, late = Path(folder) / "early.ckpt", Path(folder) / "late.ckpt"
-        run = lab.fit([component, _Save(early, 9)])  # in the middle of the second epoch
+        run = lab.fit([component, _Save(early)])
         run.trainer.save_checkpoint(late)
         for path in (early, late):
             try:
@@ -190,7 +196,7 @@ def check_state_key(lab: Lab) -> None:
 @check("intervention")
 def check_resume_at_epoch_end(lab: Lab) -> None:
     """A run that was stopped at the end of an epoch goes on otherwise than one that was not."""
-    _resumes(lab, batches=None, loader=lambda: lab.loader(shuffle=False))
+    _resumes(lab, mid_epoch=False, loader=lambda: lab.loader(shuffle=False))
 
 
 @check("intervention")
@@ -200,7 +206,7 @@ def check_resume_in_mid_epoch(lab: Lab) -> None:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError:
         raise InapplicableError("needs the extra `resume` (torchdata), which is not installed") from None
-    _resumes(lab, batches=9, loader=lambda: StatefulDataLoader(lab.dataset(), batch_size=8, shuffle=True))
+    _resumes(lab, mid_epoch=True, loader=lambda: StatefulDataLoader(lab.dataset(), batch_size=8, shuffle=True))
 
 
 @check("intervention")
@@ -212,7 +218,7 @@ def check_resume_with_accumulation(lab: Lab) -> None:
         raise InapplicableError("needs the extra `resume` (torchdata), which is not installed") from None
     _resumes(
         lab,
-        batches=8,  # between two windows: Lightning itself forgets the gradients of an open one
+        mid_epoch=True,  # between two windows: Lightning itself forgets the gradients of an open one
         loader=lambda: StatefulDataLoader(lab.dataset(), batch_size=8, shuffle=True),
         accumulate_grad_batches=2,
     )
@@ -230,27 +236,30 @@ class _RestoresLate(SingleDeviceStrategy):
 @check("intervention")
 def check_resume_when_restored_late(lab: Lab) -> None:
     """Sharded strategies bring state back only after `on_fit_start`, where the method does not look for it any more."""
-    _resumes(lab, batches=None, loader=lambda: lab.loader(shuffle=False), strategy=lambda: _RestoresLate("cpu"))
+    lab.needs_default("strategy")
+    _resumes(lab, mid_epoch=False, loader=lambda: lab.loader(shuffle=False), strategy=lambda: _RestoresLate("cpu"))
 
 
 def _resumes(
     lab: Lab,
-    batches: int | None,
+    mid_epoch: bool,
     loader: Callable[[], Any],
-    strategy: Callable[[], Any] = lambda: "auto",
+    strategy: Callable[[], Any] | None = None,
     **trainer: Any,
 ) -> None:
-    """Compare a run of three epochs with one that goes on from a checkpoint, after so many batches or the second epoch."""
+    """Compare a run of three epochs with one that goes on from a checkpoint, of the second epoch or of its middle."""
     with tempfile.TemporaryDirectory() as folder:
-        if batches is None:
-            path = Path(folder) / "epoch=1.ckpt"
-            saver: pl.Callback = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
-        else:
+        if mid_epoch:
             path = Path(folder) / "stopped.ckpt"
-            saver = _Save(path, batches)
+            saver: pl.Callback = _Save(path)
+        else:
+            path = Path(folder) / "epoch=1.ckpt"
+            saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
         own = isinstance(saver, ModelCheckpoint)  # else Lightning adds one, which writes into the working directory
         whole = lab.fit([lab.make(), saver], loader=loader(), max_epochs=3, enable_checkpointing=own, **trainer)
-        resumed = lab.fit([lab.make()], loader=loader(), max_epochs=3, checkpoint=path, strategy=strategy(), **trainer)
+        if strategy is not None:
+            trainer["strategy"] = strategy()
+        resumed = lab.fit([lab.make()], loader=loader(), max_epochs=3, checkpoint=path, **trainer)
     _same(whole, resumed)
 
 
@@ -264,12 +273,11 @@ def _same(whole: Run, resumed: Run) -> None:
 
 
 class _Save(pl.Callback):
-    """Saves a checkpoint after a number of batches."""
+    """Saves a checkpoint in the middle of the second epoch: after two batches, also of a training set that was reduced."""
 
-    def __init__(self, path: Path, batches: int) -> None:
-        self.path, self.batches, self.count = path, batches, 0
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.count += 1
-        if self.count == self.batches:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 1:
             trainer.save_checkpoint(self.path)

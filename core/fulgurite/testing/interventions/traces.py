@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from fulgurite.errors import RefusedError
+from fulgurite.intervention import Intervention
 from fulgurite.testing.check import CheckError, InapplicableError, check, expect
 from fulgurite.testing.interventions import findings
-from fulgurite.testing.lab import Lab, RandomStreams, Run, copied_state, equal_states, make_trainer, quiet, seed
+from fulgurite.testing.lab import Lab, RandomStreams, Run, copied_state, equal_states, seed
 from fulgurite.testing.surroundings import changed_settings, fingerprint, helpers, helpers_since, preserved, settings
+from fulgurite.testing.trainers import contained, make_trainer
 
 _LIGHTNINGS = ("_hparams", "_hparams_initial")
 
@@ -64,20 +66,57 @@ def check_watches_only(lab: Lab) -> None:
 
 @check("intervention")
 def check_has_an_effect(lab: Lab) -> None:
-    """The method does nothing at all, which every other check would let pass."""
+    """The method does nothing, or logs what the training has no part in; every other check lets that pass."""
     alone, run = _validated(lab)
-    logged = run.trainer.callback_metrics.keys() - alone.trainer.callback_metrics.keys()
-    only_remembers = lab.case.off is None and not equal_states(copied_state(lab.make()), copied_state(run.callbacks[0]))
-    expect(
-        logged or only_remembers or not torch.equal(alone.weights, run.weights),
-        "parameters are those of a training without it, it logs nothing, and it is no method that only remembers",
+    if lab.case.observes:
+        _expect_equal(
+            alone, run, "its case says that it only observes, and parameters differ from a training without it"
+        )
+        _expect_observed(lab, alone, run)
+        return
+    words = (
+        "it trains what a training without it does; one that only logs or remembers says `observes=True` in its case"
     )
+    if run.has_the_weights_of(alone):
+        expect(not torch.equal(alone.weights, run.weights), words)
+    else:
+        expect(
+            not torch.equal(_outputs(lab, alone), _outputs(lab, run)), f"the model has other parameters, and {words}"
+        )
+
+
+def _expect_observed(lab: Lab, alone: Run, run: Run) -> None:
+    """Expect that what it logs and remembers is another when something else is trained."""
+    other = lab.fit([lab.make()], validation=lab.loader(shuffle=False), start=2)
+    seen = [_observed(one, alone) for one in (run, other)]
+    expect(any(seen[0]), "it logs and remembers nothing")
+    expect(not equal_states(*seen), "what it logs and remembers is the same whatever is trained")
+
+
+def _observed(run: Run, alone: Run) -> tuple[dict[str, Any], Any]:
+    """Return what the component has logged, and its state."""
+    metrics = run.trainer.callback_metrics
+    logged = {name: metrics[name] for name in metrics.keys() - alone.trainer.callback_metrics.keys()}
+    return logged, copied_state(run.callbacks[0])
+
+
+def _outputs(lab: Lab, run: Run) -> torch.Tensor:
+    """Return what the trained model says of the training examples."""
+    examples: Any = lab.examples()
+    inputs = torch.stack([examples[i][0] for i in range(len(examples))])
+    with torch.no_grad():
+        outputs = run.module.eval()(inputs)
+    run.module.train()
+    return outputs
 
 
 @check("intervention", "callback")
 def check_random_streams(lab: Lab) -> None:
     """It draws from the global random streams, so that a comparison with the baseline sees other batches."""
-    alone, run = _validated(lab)
+    # Not shuffled: whoever chooses the examples draws another order, and of their own stream.
+    arguments: dict[str, Any] = {"loader": lab.loader(shuffle=False), "validation": lab.loader(shuffle=False)}
+    alone = lab.reference("validated, in order", **arguments)
+    run = lab.component_run("validated, in order", **arguments)
     expect(
         run.streams.same_as(alone.streams), "after training, the global random streams stand elsewhere than without it"
     )
@@ -102,13 +141,13 @@ def check_nothing_left_after_interrupt(lab: Lab) -> None:
     _leaves_nothing(lab, "training_step", KeyboardInterrupt)
 
 
-_FAILING_CALL = {"training_step": 4, "validation_step": 3, "configure_optimizers": 1}
+_FAILING_CALL = {"training_step": 2, "validation_step": 3, "configure_optimizers": 1}
 """In the middle of the first epoch; after the sanity check; before training."""
 
 
 def _leaves_nothing(lab: Lab, method: str, error: type[BaseException]) -> None:
     """Compare what stays behind with the component and without it; `method` of the module fails, if one is named."""
-    ordinary = lab.case.module is None and lab.case.data is None
+    ordinary = lab.case.module is None and lab.case.data is None and not lab.settings
     remember = _remember if ordinary else lab.remember
     allowed = remember(f"left behind: {method} {error.__name__}", lambda: _left_behind(lab, None, method, error))
     with preserved(), contextlib.suppress(Exception):  # what it imports is imported now, and is not held against it
@@ -133,8 +172,10 @@ def _left_behind(lab: Lab, component: Any, method: str, error: type[BaseExceptio
     module, loader, validation = lab.module(), lab.loader(), lab.loader(shuffle=False)
     if method:
         _make_fail(module, method, error)
-    trainer = make_trainer([] if component is None else [component], max_epochs=1 if method else 2)
+    callbacks = [] if component is None else [component]
+    trainer = make_trainer(callbacks, max_epochs=1 if method else 2, **lab.settings)
     seed(module)
+    surgery = _record_surgery(component)
 
     def look() -> findings.Findings:
         loaders = {"the DataLoader": loader, "the validation DataLoader": validation}
@@ -143,13 +184,12 @@ def _left_behind(lab: Lab, component: Any, method: str, error: type[BaseExceptio
             found.update(findings.of_loader(some, name))
         return found
 
-    with quiet(), preserved():
+    with contained(), preserved():
         structure, others, process, running = findings.of_module(module), look(), settings(), helpers()
         _train(trainer, module, loader, validation, error if method else None)
         left = findings.changes(others, look()) | set(changed_settings(process).values())
         changed = findings.changes(structure, findings.of_module(module))
-        if component is not None and _operates(component):
-            changed -= _changes_of_surgery(lab, component)
+        changed = {text for text in changed if _without_value(text) not in surgery}
         left |= {text for text in changed if not any(f"`{name}`" in text for name in _LIGHTNINGS)}
         return left | {f"{name} is still running" for name in helpers_since(running)}
 
@@ -188,19 +228,33 @@ def _make_fail(module: Any, method: str, error: type[BaseException]) -> None:
 
     failing.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     failing.__name__ = method
-    module.__class__ = type(cls.__name__, (cls,), {method: failing, "__module__": cls.__module__})
+    names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}, failing"}
+    module.__class__ = type(cls.__name__, (cls,), {method: failing, **names})
 
 
-def _operates(component: Any) -> bool:
-    return hasattr(component, "overrides") and component.overrides("operate")
+def _record_surgery(component: Any) -> set[str]:
+    """Return a set that fills with what `operate` changes when it is first called: that stays, as the trained model does.
+
+    What a later call changes is no part of it: then the model has been changed already.
+    """
+    recorded: set[str] = set()
+    if not (isinstance(component, Intervention) and component.overrides("operate")):
+        return recorded
+    original = component.operate
+
+    def operate(module: Any) -> None:
+        before = findings.of_module(module)
+        original(module)
+        if not recorded:
+            recorded.update(map(_without_value, findings.changes(before, findings.of_module(module))))
+
+    vars(component)["operate"] = operate
+    return recorded
 
 
-def _changes_of_surgery(lab: Lab, component: Any) -> set[str]:
-    """Return the changes that `operate` makes, which stay: the trained weights are those of the changed model."""
-    module = lab.module()
-    before = findings.of_module(module)
-    lab.make().operate(module)
-    return findings.changes(before, findings.of_module(module))
+def _without_value(change: str) -> str:
+    """Return a change without the value of what is left: layers that surgery has put in may count, and remember."""
+    return change.partition(" is left")[0]
 
 
 @check("intervention")
@@ -309,7 +363,7 @@ def check_validation_is_untouched(lab: Lab) -> None:
         equal_states(copied_state(without.callbacks[0]), before), "validating twice per epoch changes its final state"
     )
     weights = run.weights
-    with quiet():
+    with contained():
         run.trainer.validate(run.module, lab.loader(shuffle=False), verbose=False)
     expect(equal_states(before, copied_state(intervention)), "trainer.validate changes the state of the method")
     expect(torch.equal(weights, run.weights), "trainer.validate changes the parameters")
