@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fulgurite.errors import nearest
+from fulgurite.errors import check_argument, nearest
 from fulgurite.records import RunRecord
 from fulgurite.statistics import Direction, PairedDifference, paired_difference, paired_values
 
@@ -45,8 +45,8 @@ class Variant:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "name", "Variant", "a name", self.name)
-        _check(not isinstance(self.add, str), "add", "Variant", "a tuple of texts", self.add)
+        check_argument(bool(self.name), "name", "Variant", "a name", self.name)
+        check_argument(not isinstance(self.add, str), "add", "Variant", "a tuple of texts", self.add)
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Setting:
     summary: str = ""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "name", "Setting", "a name", self.name)
+        check_argument(bool(self.name), "name", "Setting", "a name", self.name)
         names = [variant.name for variant in self.variants]
-        _check(bool(names) and len(set(names)) == len(names), "variants", "Setting", "distinct names", names)
+        check_argument(bool(names) and len(set(names)) == len(names), "variants", "Setting", "distinct names", names)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,11 @@ class Expectation:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(math.isfinite(self.margin), "margin", "Expectation", "a finite number", self.margin)
-        _check(self.direction in get_args(Direction), "direction", "Expectation", "'lower' or 'higher'", self.direction)
-        _check(self.variant != self.reference, "reference", "Expectation", "another variant", self.reference)
+        check_argument(math.isfinite(self.margin), "margin", "Expectation", "a finite number", self.margin)
+        check_argument(
+            self.direction in get_args(Direction), "direction", "Expectation", "'lower' or 'higher'", self.direction
+        )
+        check_argument(self.variant != self.reference, "reference", "Expectation", "another variant", self.reference)
 
     def __str__(self) -> str:
         text = f"{self.setting}: {self.metric} of {self.variant} {self.direction} than of {self.reference}"
@@ -141,18 +143,22 @@ class Claim:
     measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self.seeds >= 2, "seeds", "Claim", "at least 2", self.seeds)
-        _check(bool(self.expectations), "expectations", "Claim", "at least one", self.expectations)
+        check_argument(self.seeds >= 2, "seeds", "Claim", "at least 2", self.seeds)
+        check_argument(bool(self.expectations), "expectations", "Claim", "at least one", self.expectations)
         for name in ("findings", "measures"):
-            _check(not isinstance(getattr(self, name), str), name, "Claim", "a tuple of texts", getattr(self, name))
+            check_argument(
+                not isinstance(getattr(self, name), str), name, "Claim", "a tuple of texts", getattr(self, name)
+            )
         variants = {setting.name: [variant.name for variant in setting.variants] for setting in self.settings}
-        _check(len(variants) == len(self.settings), "settings", "Claim", "distinct names", [*variants])
+        check_argument(len(variants) == len(self.settings), "settings", "Claim", "distinct names", [*variants])
         for expected in self.expectations:
             _check_known("setting", expected.setting, variants)
             _check_known("variant", expected.variant, variants[expected.setting])
             _check_known("reference", expected.reference, variants[expected.setting])
             allowed = expected.wins is None or 1 <= expected.wins <= self.seeds
-            _check(allowed, "wins", "Expectation", f"between 1 and the {self.seeds} seeds of the claim", expected.wins)
+            check_argument(
+                allowed, "wins", "Expectation", f"between 1 and the {self.seeds} seeds of the claim", expected.wins
+            )
 
 
 @dataclass(frozen=True)
@@ -263,8 +269,3 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         hint = nearest(name, known)
         raise ValueError(f"Expected `{what}` of Expectation to be one of {', '.join(known)}, but got {name!r}.{hint}")
-
-
-def _check(condition: bool, field_name: str, owner: str, expected: str, found: object) -> None:
-    if not condition:
-        raise ValueError(f"Expected `{field_name}` of {owner} to be {expected}, but got {found!r}.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -31,3 +32,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(by_lower[c]) for c in close)}?"
+
+
+def check_argument(condition: object, name: str, owner: str, expected: str, found: object) -> None:
+    """Raise `ValueError` in the form that all arguments have, unless a condition holds.
+
+    Example:
+        >>> check_argument(False, "alpha", "PSKD", "in [0, 1]", 1.2)
+        Traceback (most recent call last):
+        ValueError: Expected `alpha` of PSKD to be in [0, 1], but got 1.2.
+    """
+    if not condition:
+        raise ValueError(f"Expected `{name}` of {owner} to be {expected}, but got {found!r}.")
+
+
+def check_choice(value: object, choices: Iterable[object], name: str, owner: str) -> None:
+    """Raise `ValueError` unless an argument is one of certain values."""
+    choices = list(choices)
+    check_argument(value in choices, name, owner, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def is_number(value: object) -> bool:
+    """Return whether an argument is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

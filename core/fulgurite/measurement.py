@@ -37,22 +37,18 @@ def undisturbed(model: nn.Module, training: bool | None = False) -> Iterator[nn.
     """
     network: nn.Module = getattr(model, "_orig_mod", model)
     device = model_device(network)
-    modes = [(module, module.training) for module in network.modules()]
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         torch.compiler.set_stance("force_eager"),
         replayed(get_random_state(device), device),
-        _kept_buffers(network),
+        kept_buffers(network),
+        kept_modes(network),
     ):
-        try:
-            if training is not None:
-                network.train(training)
-            yield network
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        if training is not None:
+            network.train(training)
+        yield network
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -62,7 +58,19 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put the mode of each submodule, training or evaluation, back after a block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put all buffers of a model back after a block, bit for bit; one that was not touched is not written to."""
     places = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     buffers = {id(buffer): buffer for _, found in places for buffer in found.values() if buffer is not None}
     copies = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in buffers.values()]
@@ -73,7 +81,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(found)
         with torch.no_grad():
             for buffer, copy, version in copies:
-                # An untouched buffer is not even written to: a backward pass that is still to come may need its version.
+                # A backward pass that is still to come may need the version of a buffer.
                 if version is None or _version(buffer) != version:
                     buffer.copy_(copy)
 

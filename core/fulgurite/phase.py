@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from fulgurite import distributed, lightning_adapter
 from fulgurite.errors import FulguriteError
+from fulgurite.measurement import kept_buffers, kept_modes
 from fulgurite.random import seeded
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def unnoticed(module: pl.LightningModule, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(seeded(seed, module.device))
         stack.enter_context(muted(module))
+        stack.enter_context(kept_modes(module))
+        stack.enter_context(kept_buffers(module))
         stack.enter_context(_evaluating(module))
-        stack.enter_context(_buffers_kept(module))
         for child in module.modules():
             if isinstance(child, Metric):
                 stack.enter_context(_metric_kept(child))
@@ -128,30 +130,16 @@ def positional(training_step: Callable[..., Any]) -> int:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    dropouts = [(rnn, rnn.dropout) for rnn, _ in modes if isinstance(rnn, nn.RNNBase) and rnn.training]
+    recurrent = [child for child in module.modules() if isinstance(child, nn.RNNBase) and child.training]
+    dropouts = [rnn.dropout for rnn in recurrent]
     module.eval()
-    for rnn, _ in dropouts:  # cuDNN has no backward pass for recurrent layers in evaluation mode
+    for rnn in recurrent:  # cuDNN has no backward pass for recurrent layers in evaluation mode
         rnn.training, rnn.dropout = True, 0.0
     try:
         yield
     finally:
-        for child, training in modes:
-            child.training = training
-        for rnn, dropout in dropouts:
+        for rnn, dropout in zip(recurrent, dropouts, strict=True):
             rnn.dropout = dropout
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    buffers = list(module.buffers())
-    saved = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
 
 
 @contextmanager

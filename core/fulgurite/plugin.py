@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fulgurite.errors import check_argument
+
 Kind = Literal[
     "intervention", "callback", "datamodule", "task", "module", "optimizer", "metric", "loss", "function", "strategy"
 ]
@@ -61,9 +63,11 @@ class Component:
     summary: str = ""
 
     def __post_init__(self) -> None:
-        _check(self.name.isidentifier(), "Component", "name", "a Python identifier", self.name)
-        _check(_is_target(self.target), "Component", "target", '"package.module:Name"', self.target)
-        _check(self.kind in get_args(Kind), "Component", "kind", f"one of {', '.join(get_args(Kind))}", self.kind)
+        check_argument(self.name.isidentifier(), "name", "Component", "a Python identifier", self.name)
+        check_argument(_is_target(self.target), "target", "Component", '"package.module:Name"', self.target)
+        check_argument(
+            self.kind in get_args(Kind), "kind", "Component", f"one of {', '.join(get_args(Kind))}", self.kind
+        )
 
     def load(self) -> Any:
         """Import and return the object."""
@@ -108,14 +112,14 @@ class Plugin:
     card: str | None = None
 
     def __post_init__(self) -> None:
-        _check(
-            re.fullmatch(r"[a-z][a-z0-9_]*", self.name) is not None, "Plugin", "name", "a lower-case slug", self.name
+        check_argument(
+            re.fullmatch(r"[a-z][a-z0-9_]*", self.name) is not None, "name", "Plugin", "a lower-case slug", self.name
         )
         for field in ("claim", "bench", "conformance"):
             value = getattr(self, field)
-            _check(value is None or _is_target(value), "Plugin", field, '"package.module:NAME" or None', value)
+            check_argument(value is None or _is_target(value), field, "Plugin", '"package.module:NAME" or None', value)
         names = [component.name for component in self.components]
-        _check(len(set(names)) == len(names), "Plugin", "components", "distinct names", names)
+        check_argument(len(set(names)) == len(names), "components", "Plugin", "distinct names", names)
 
     def component(self, name: str) -> Component:
         """Return the component called `name`.
@@ -190,8 +194,3 @@ def load_target(target: str) -> Any:
 
 def _is_target(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[\w.]+:\w+", text) is not None
-
-
-def _check(condition: bool, owner: str, field: str, expected: str, found: object) -> None:
-    if not condition:
-        raise ValueError(f"Expected `{field}` of {owner} to be {expected}, but got {found!r}.")

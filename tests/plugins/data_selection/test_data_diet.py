@@ -183,7 +183,7 @@ def test_never_learned_examples_in_an_average():
     assert average_scores(runs, "max", 6).tolist() == [2.0, 4.0, 6.0]
     with pytest.raises(ValueError, match="`presentations`, a number"):
         average_scores(runs, "max")
-    with pytest.raises(ValueError, match="`never_learned` to be one of 'inf', 'max', but got 'nan'"):
+    with pytest.raises(ValueError, match="`never_learned` of average_scores to be one of 'inf', 'max', but got 'nan'"):
         average_scores(runs, "nan")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite import lightning_adapter
-from fulgurite.errors import RefusedError
+from fulgurite.errors import RefusedError, check_argument, check_choice
 from fulgurite.intervention import Capabilities, Intervention, Step
 from fulgurite.losses import LossCall
 from fulgurite.random import derived_seed
@@ -416,22 +416,20 @@ class SelfTuning(Intervention):
     # Arguments
 
     def _check_arguments(self) -> None:
-        _check(bool(self.hyperparameters), "hyperparameters", "at least one Hyper", self.hyperparameters)
+        def expect(condition: bool, name: str, expected: str, found: object) -> None:
+            check_argument(condition, name, "SelfTuning", expected, found)
+
+        expect(bool(self.hyperparameters), "hyperparameters", "at least one Hyper", self.hyperparameters)
         names = [hyper.name for hyper in self.hyperparameters]
-        _check(len(set(names)) == len(names), "hyperparameters", "distinct names", names)
+        expect(len(set(names)) == len(names), "hyperparameters", "distinct names", names)
         if isinstance(self.holdout, float | int):
-            _check(0.0 < self.holdout < 1.0, "holdout", "a fraction in (0, 1), 'val', or a function", self.holdout)
+            expect(0.0 < self.holdout < 1.0, "holdout", "a fraction in (0, 1), 'val', or a function", self.holdout)
         for name in ("train_steps", "valid_steps"):
             number = getattr(self, name)
-            _check(isinstance(number, int) and number >= 1, name, "a positive integer", number)
+            expect(isinstance(number, int) and number >= 1, name, "a positive integer", number)
         for name in ("warmup_epochs", "lr", "scale_lr", "entropy_weight"):
             number = getattr(self, name)
-            _check(math.isfinite(number) and number >= 0, name, "a number that is not negative", number)
+            expect(math.isfinite(number) and number >= 0, name, "a number that is not negative", number)
         bound = self.max_grad_norm
-        _check(bound is None or bound > 0, "max_grad_norm", "positive, or None", bound)
-        _check(self.embed in get_args(Embed), "embed", f"one of {', '.join(get_args(Embed))}", self.embed)
-
-
-def _check(condition: bool, name: str, expected: str, found: object) -> None:
-    if not condition:
-        raise ValueError(f"Expected `{name}` of SelfTuning to be {expected}, but got {found!r}.")
+        expect(bound is None or bound > 0, "max_grad_norm", "positive, or None", bound)
+        check_choice(self.embed, get_args(Embed), "embed", "SelfTuning")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fulgurite.errors import check_choice
 from fulgurite.measurement import undisturbed
 from fulgurite.per_example import cross_entropy, per_example_norms
 
@@ -168,7 +169,7 @@ def average_scores(
         >>> average_scores([torch.tensor([1.0, 2.0]), torch.tensor([3.0, float("inf")])], "max", presentations=4)
         tensor([2., 3.])
     """
-    _check_choice("never_learned", never_learned, get_args(NeverLearned))
+    check_choice(never_learned, get_args(NeverLearned), "never_learned", "average_scores")
     runs = list(scores)
     if not runs or len({tuple(run.shape) for run in runs}) > 1 or runs[0].ndim != 1:
         shapes = [list(run.shape) for run in runs]
@@ -216,7 +217,7 @@ def select_examples(
         >>> select_examples(torch.tensor([0.3, 0.1, 0.2, 0.4]), keep=2)
         tensor([0, 3])
     """
-    _check_choice("strategy", strategy, get_args(Strategy))
+    check_choice(strategy, get_args(Strategy), "strategy", "select_examples")
     check_scores(scores, "`scores`")
     n = len(scores)
     kept = _number("keep", keep, n, lowest=1)
@@ -324,8 +325,3 @@ def _error(logits: Tensor, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return probabilities - targets
     return probabilities - F.one_hot(index, probabilities.shape[1]).to(probabilities.dtype)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")

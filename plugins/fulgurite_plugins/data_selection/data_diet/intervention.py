@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fulgurite import distributed
-from fulgurite.errors import FulguriteError, RefusedError
+from fulgurite.errors import FulguriteError, RefusedError, check_argument, check_choice, is_number
 from fulgurite.intervention import Capabilities, Intervention
 from fulgurite.samples import TrainingSubset
 from fulgurite_plugins.data_selection.data_diet.files import as_scores, check_same_data, describe_dataset, labels_of
@@ -34,6 +34,7 @@ from fulgurite_plugins.data_selection.data_diet.scoring import (
 )
 
 Source = str | Tensor | None
+_OWNER = "PruneTrainingSet"
 
 
 class PruneTrainingSet(Intervention):
@@ -96,17 +97,13 @@ class PruneTrainingSet(Intervention):
         directory: str | None = None,
         criterion: str | None = None,
     ) -> None:
-        _check_number(
-            "keep", keep, lambda k: k >= 1 if isinstance(k, int) else 0 < k <= 1, "(0, 1], or a positive integer"
-        )
-        _check_number("offset", offset, lambda k: k >= 0 and (isinstance(k, int) or k < 1), "[0, 1), or an integer")
-        _check_number("runs", runs, lambda k: isinstance(k, int) and k >= 0, "0, 1, 2 ...")
-        _check_number("epoch", epoch, lambda k: k >= 0, "a number of epochs from 0 on")
-        if strategy not in get_args(Strategy):
-            raise ValueError(
-                f"Expected `strategy` of PruneTrainingSet to be one of {', '.join(map(repr, get_args(Strategy)))}, but got "
-                f"{strategy!r}."
-            )
+        some = is_number(keep) and (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
+        check_argument(some, "keep", _OWNER, "in (0, 1], or a positive integer", keep)
+        inside = is_number(offset) and offset >= 0 and (isinstance(offset, int) or offset < 1)
+        check_argument(inside, "offset", _OWNER, "in [0, 1), or an integer that is not negative", offset)
+        check_argument(is_number(runs) and isinstance(runs, int) and runs >= 0, "runs", _OWNER, "0, 1, 2 ...", runs)
+        check_argument(is_number(epoch) and epoch >= 0, "epoch", _OWNER, "a number of epochs from 0 on", epoch)
+        check_choice(strategy, get_args(Strategy), "strategy", _OWNER)
         if isinstance(keep, float) and isinstance(offset, float) and strategy == "window" and keep + offset > 1 + 1e-9:
             raise ValueError(f"Expected keep + offset of PruneTrainingSet to be at most 1, but got {keep} + {offset}.")
         self.keep = keep
@@ -321,8 +318,3 @@ def wrong_labels(datamodule: Any, n: int) -> Tensor | None:
     if not isinstance(clean, Tensor) or not isinstance(given, Tensor) or len(clean) != n or len(given) != n:
         return None
     return clean != given
-
-
-def _check_number(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-        raise ValueError(f"Expected `{name}` of PruneTrainingSet to be in {expected}, but got {value!r}.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fulgurite import lightning_adapter
-from fulgurite.errors import FulguriteError, RefusedError
+from fulgurite.errors import FulguriteError, RefusedError, check_argument, check_choice, is_number
 from fulgurite.intervention import Capabilities, Intervention
 from fulgurite.losses import LossCall
 from fulgurite.samples import SampleMemory
@@ -74,16 +74,16 @@ class PSKD(Intervention):
         self.schedule = alpha if isinstance(alpha, Schedule) else Schedule(end=_in_unit_interval(alpha))
         for value in self.schedule.range:
             _in_unit_interval(value)
-        _check_choice("teacher", teacher, ("memory", "snapshot"))
-        _check_choice("storage", storage, get_args(Storage))
-        _check_choice("snapshot_mode", snapshot_mode, get_args(Mode))
+        check_choice(teacher, ("memory", "snapshot"), "teacher", "PSKD")
+        check_choice(storage, get_args(Storage), "storage", "PSKD")
+        check_choice(snapshot_mode, get_args(Mode), "snapshot_mode", "PSKD")
         for name, number in (("total_epochs", total_epochs), ("snapshot_every", snapshot_every)):
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise ValueError(f"Expected `{name}` of PSKD to be a positive integer, but got {number!r}.")
+            fits = number is None or (isinstance(number, int) and number >= 1)
+            check_argument(fits, name, "PSKD", "a positive integer", number)
         self.teacher = teacher
         self.total_epochs = total_epochs
         self.dtype = str(dtype).removeprefix("torch.")
-        _check_choice("dtype", self.dtype, ("float32", "float16"))
+        check_choice(self.dtype, ("float32", "float16"), "dtype", "PSKD")
         self.storage = storage
         self.snapshot_mode = snapshot_mode
         self.snapshot_every = snapshot_every
@@ -254,11 +254,6 @@ class PSKD(Intervention):
 
 
 def _in_unit_interval(alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"Expected `alpha` of PSKD to be in [0, 1] (or a Schedule within it), but got {alpha!r}.")
-    return float(alpha)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` of PSKD to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+    fits = is_number(alpha) and 0.0 <= alpha <= 1.0  # type: ignore[operator]
+    check_argument(fits, "alpha", "PSKD", "in [0, 1] (or a Schedule within it)", alpha)
+    return float(alpha)  # type: ignore[arg-type]

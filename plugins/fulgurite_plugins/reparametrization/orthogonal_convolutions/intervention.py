@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fulgurite import lightning_adapter
-from fulgurite.errors import RefusedError
+from fulgurite.errors import RefusedError, check_argument, check_choice, is_number
 from fulgurite.intervention import Capabilities, Intervention, Step
 from fulgurite.schedule import Schedule
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional import (
@@ -28,6 +27,7 @@ from fulgurite_plugins.reparametrization.orthogonal_convolutions.report import w
 
 Variant = Literal["lorth", "kernel", "wang"]
 
+_OWNER = "OrthogonalConvPenalty"
 _REFUSED = {
     "fsdp": "outside the forward pass of a layer its weight is a flat shard, and the penalty needs the whole kernel. Use "
     "ModelParallelStrategy with fully_shard (FSDP2), or DDP.",
@@ -88,18 +88,14 @@ class OrthogonalConvPenalty(Intervention):
         self.schedule = weight if isinstance(weight, Schedule) else Schedule.constant(_not_negative(weight))
         for value in self.schedule.range:
             _not_negative(value)
-        _check_choice("variant", variant, get_args(Variant))
-        _check_choice("method", method, get_args(Method))
-        _check_choice("reduction", reduction, ("sum", "mean"))
-        _check_choice("on_impossible", on_impossible, ("raise", "skip"))
-        if not _is_number(scale_target) or scale_target <= 0:
-            raise ValueError(
-                f"Expected `scale_target` of OrthogonalConvPenalty to be a positive number, but got {scale_target!r}."
-            )
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(
-                f"Expected `every_n_steps` of OrthogonalConvPenalty to be a positive integer, but got {every_n_steps!r}."
-            )
+        check_choice(variant, get_args(Variant), "variant", _OWNER)
+        check_choice(method, get_args(Method), "method", _OWNER)
+        check_choice(reduction, ("sum", "mean"), "reduction", _OWNER)
+        check_choice(on_impossible, ("raise", "skip"), "on_impossible", _OWNER)
+        positive = is_number(scale_target) and scale_target > 0
+        check_argument(positive, "scale_target", _OWNER, "a positive number", scale_target)
+        counts = is_number(every_n_steps) and isinstance(every_n_steps, int) and every_n_steps >= 1
+        check_argument(counts, "every_n_steps", _OWNER, "a positive integer", every_n_steps)
         self.modules = modules
         self.include_linear = include_linear
         self.skip_first = skip_first
@@ -195,21 +191,7 @@ def _shape(rows: Tensor) -> tuple[int, ...]:
     return tuple(rows.shape[1:])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _not_negative(weight: Any) -> float:
-    if not _is_number(weight) or weight < 0:
-        raise ValueError(
-            f"Expected `weight` of OrthogonalConvPenalty to be a finite number of at least 0 (or a Schedule of such), but "
-            f"got {weight!r}."
-        )
+    fits = is_number(weight) and weight >= 0
+    check_argument(fits, "weight", _OWNER, "a finite number of at least 0 (or a Schedule of such)", weight)
     return float(weight)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Expected `{name}` of OrthogonalConvPenalty to be one of {', '.join(map(repr, choices))}, but got {value!r}."
-        )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulgurite.errors import nearest
+from fulgurite.errors import check_argument, is_number, nearest
 
 EDGE = 0.99
 """Part of the bound up to which weights are inverted: beyond it a small change of $w$ is a huge one of $v$."""
@@ -231,9 +231,8 @@ def _prepared(owner: str, v: Tensor, a: float | Tensor, b: float | Tensor) -> tu
 
 def check_positive(owner: str, name: str, value: object) -> None:
     """Raise ValueError unless a value is a positive, finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0.0 < float(value) < math.inf:  # type: ignore[arg-type]
-        raise ValueError(f"Expected `{name}` of {owner} to be a positive, finite number, but got {value!r}.")
+    fits = is_number(value) and value > 0.0  # type: ignore[operator]
+    check_argument(fits, name, owner, "a positive, finite number", value)
 
 
 class _Compand(torch.autograd.Function):
