@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -103,6 +103,21 @@ def train_source(trainer: pl.Trainer) -> Any:
     Private: `fit_loop._data_source`.
     """
     return trainer.fit_loop._data_source
+
+
+def restore_loader_classes() -> None:
+    """Undo what Lightning does to DataLoader, BatchSampler and their subclasses while it asks for a loader.
+
+    Private: `lightning.fabric.utilities.data._replace_dunder_methods`, which undoes nothing if an exception passes through.
+    """
+    from lightning.fabric.utilities.data import get_all_subclasses
+
+    for base in (DataLoader, BatchSampler):
+        for cls in get_all_subclasses(base) | {base}:
+            for name in ("__setattr__", "__delattr__", "__init__"):
+                if f"__old{name}" in cls.__dict__:
+                    setattr(cls, name, cls.__dict__[f"__old{name}"])
+                    delattr(cls, f"__old{name}")
 
 
 def with_sampler(loader: Any, sampler: Any) -> Any:

@@ -280,3 +280,4 @@ def test_data_that_cannot_be_restricted_are_refused_by_name(loader, arguments, m
 
     with pytest.raises(RefusedError, match=message):
         fit(Plain(), [Unindexed({-1: to(1)})], loader(), **arguments)
+    assert "__old__setattr__" not in DataLoader.__dict__, "Lightning's changes to the class are left after an error"

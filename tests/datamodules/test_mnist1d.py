@@ -16,6 +16,7 @@ import torch
 
 from fulgurite.errors import FulguriteError
 from fulgurite_datamodules import MNIST1D
+from fulgurite_datamodules.mnist1d import _generated
 
 pytest.importorskip("mnist1d")
 
@@ -96,5 +97,6 @@ def test_it_pickles_and_loads(data: MNIST1D) -> None:
 def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mnist1d", None)
     monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    _generated.cache_clear()
     with pytest.raises(FulguriteError, match=r"pip install 'fulgurite\[mnist1d\]'"):
         MNIST1D().setup()

@@ -98,21 +98,28 @@ def _row(plugins: Registry, entry: Entry, load: bool) -> Row:
     )
 
 
+_NARROW = 30
+"""Characters that the last column needs beside the others."""
+
+
 def _table(rows: list[Row]) -> str:
-    """Lay the rows out in columns; in a terminal the last column is wrapped."""
+    """Lay the rows out in columns; in a terminal the last column is wrapped, or if there is no room stands below."""
     cells = [("PLUGIN", "FAMILY", "PAPER", "STATUS", "KINDS")]
     cells += [(row.name, row.family or "-", row.paper or "-", row.status, _kinds(row) or "-") for row in rows]
     widths = [max(len(cell[column]) for cell in cells) for column in range(4)]
     indent = sum(widths) + 2 * len(widths)
-    room = 1000
+    columns = 1000
     if sys.stdout.isatty():
         import shutil
 
-        room = max(shutil.get_terminal_size().columns - indent - 1, 20)
+        columns = shutil.get_terminal_size().columns - 1
     lines = []
     for cell in cells:
         start = "".join(f"{text:{width}}  " for text, width in zip(cell, widths, strict=False))
-        lines += textwrap.wrap(cell[4], room + indent, initial_indent=start, subsequent_indent=" " * indent)
+        if columns - indent < _NARROW:
+            lines += [start.rstrip(), *textwrap.wrap(cell[4], columns, initial_indent="    ", subsequent_indent="    ")]
+        else:
+            lines += textwrap.wrap(cell[4], columns, initial_indent=start, subsequent_indent=" " * indent)
     return "\n".join(lines) + "\n"
 
 

@@ -122,7 +122,11 @@ class TrainingSubset:
             original = source.dataloader
 
             def dataloader() -> Any:
-                return self._restricted(original())
+                try:
+                    return self._restricted(original())
+                except BaseException:
+                    lightning_adapter.restore_loader_classes()
+                    raise
 
             source.__dict__["dataloader"] = dataloader
             self._undo = lambda: source.__dict__.pop("dataloader", None)
