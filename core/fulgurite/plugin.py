@@ -13,8 +13,19 @@ from typing import Any, Literal, get_args
 from fulgurite.errors import check_argument
 
 Kind = Literal[
-    "intervention", "callback", "datamodule", "task", "module", "optimizer", "metric", "loss", "function", "strategy"
+    "intervention",
+    "callback",
+    "datamodule",
+    "task",
+    "module",
+    "optimizer",
+    "metric",
+    "loss",
+    "function",
+    "strategy",
+    "argument",
 ]
+"""What a component is. An `argument` is a class whose objects others take as arguments; it is checked through them."""
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,11 @@ def _table(rows: list[Row]) -> str:
 
 
 def _kinds(row: Row) -> str:
-    """Name what is used by name; functions are many, and only counted."""
-    parts = [f"{kind} {', '.join(names)}" for kind, names in row.kinds.items() if kind != "function"]
-    functions = len(row.kinds.get("function", ()))
-    if functions:
-        parts.append(f"{functions} function{'s' if functions > 1 else ''}")
+    """Name what is used by name; functions and arguments of others are many, and only counted."""
+    counted = ("function", "argument")
+    parts = [f"{kind} {', '.join(names)}" for kind, names in row.kinds.items() if kind not in counted]
+    numbers = {kind: len(row.kinds.get(kind, ())) for kind in counted}
+    parts += [f"{number} {kind}{'s' if number > 1 else ''}" for kind, number in numbers.items() if number]
     return "; ".join(parts)
 
 

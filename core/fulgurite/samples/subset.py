@@ -159,6 +159,7 @@ class TrainingSubset:
                 self.seed,
                 lambda: lightning_adapter.epochs_processed(self.trainer),
                 self.keep_length,
+                self.user,
             ),
         )
 
@@ -179,6 +180,10 @@ class TrainingSubset:
                 f"(its batch_sampler is a {type(loader.batch_sampler).__name__}), which would be lost. Use batch_size."
             )
         sampler = _sampler(loader)
+        if isinstance(sampler, SubsetSampler):
+            raise RefusedError(
+                f"{sampler.user} and {self.user} both choose which training examples are used. Use one of them."
+            )
         if type(sampler).__name__ not in _REPLACEABLE:
             raise RefusedError(
                 f"{self.user} changes which training examples are used by another sampler, but the training DataLoader "
@@ -221,6 +226,7 @@ class SubsetSampler(Sampler[int]):
         seed: The seed of order and draws.
         epoch: Tells the epoch. It is asked, and not set by Lightning, which sets it after a resumed loader has been begun.
         keep_length: Whether an epoch has `size` examples, for which the chosen ones are repeated.
+        user: Who has chosen them, for messages.
     """
 
     def __init__(
@@ -232,7 +238,9 @@ class SubsetSampler(Sampler[int]):
         seed: int,
         epoch: Callable[[], int],
         keep_length: bool = False,
+        user: str = "",
     ) -> None:
+        self.user = user
         self.indices = torch.arange(size) if indices is None else indices
         self.length = size if keep_length else len(self.indices)
         self.weights = weights

@@ -64,9 +64,9 @@ plugin = Plugin(
         Component(
             "SinusoidSchedule", f"{__name__}.replay:SinusoidSchedule", "intervention", "A rival: values that swing."
         ),
-        Component("Hyper", f"{__name__}.hyperparameters:Hyper", "function", "Declares a hyperparameter to be tuned."),
+        Component("Hyper", f"{__name__}.hyperparameters:Hyper", "argument", "Declares a hyperparameter to be tuned."),
         *(
-            Component(name, f"{__name__}.targets.{file}:{name}", "function", summary)
+            Component(name, f"{__name__}.targets.{file}:{name}", "argument", summary)
             for file, targets in _TARGETS.items()
             for name, summary in targets.items()
         ),

@@ -133,6 +133,7 @@ class SelfTuning(Intervention):
         self._pending: list[tuple[int, Tensor]] = []
         self.course = Course(())
         self.updates = 0
+        self._reported = 0
         self._tuned_after = 0
         self._warmup = 0
         self._path: Path | None = None
@@ -142,6 +143,11 @@ class SelfTuning(Intervention):
     def name(self) -> str:
         """The prefix of everything that is logged."""
         return "stn"
+
+    def state_arguments(self) -> dict[str, Any]:
+        """What is tuned, and on what, tells two instances apart."""
+        source = getattr(self.holdout, "__qualname__", self.holdout)
+        return {"hyperparameters": [hyper.name for hyper in self.hyperparameters], "holdout": source}
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
@@ -223,6 +229,7 @@ class SelfTuning(Intervention):
         if self.schedule_file is not None:
             self._path = Path(trainer.log_dir or trainer.default_root_dir) / self.schedule_file  # asked on all ranks
         self.tuner.to(pl_module.device)
+        self._reported = int(self.tuner.skipped)
         self._application.knobs.to(pl_module.device)
         self._validation.begin(trainer)
         batches = trainer.num_training_batches
@@ -265,10 +272,14 @@ class SelfTuning(Intervention):
         """Count an update that has really happened."""
         self.updates += 1
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the step, so that whoever uses the model from now on finds it at rest."""
+        self._application.conditioning.clear()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Forget the step; take the validation steps that are due."""
+        """Forget a step without a backward pass; take the validation steps that are due."""
         self._application.conditioning.clear()
         since = self.updates - max(self._warmup, self._tuned_after)
         if since >= self.train_steps:
@@ -310,6 +321,14 @@ class SelfTuning(Intervention):
         pl_module.log_dict(self._measures())
         if time.monotonic() - self._written > _WRITE_EVERY:
             self._write(trainer)
+        skipped = int(self.tuner.skipped)
+        if skipped > self._reported:
+            warnings.warn(
+                f"{_USER}: {skipped - self._reported} validation steps of this epoch were left out, because the held-out "
+                f"loss or its gradient was not finite.",
+                stacklevel=2,
+            )
+            self._reported = skipped
         failed = int(self.tuner.in_a_row)
         if failed >= _PATIENCE:
             warnings.warn(

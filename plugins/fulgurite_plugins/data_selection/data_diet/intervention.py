@@ -150,8 +150,8 @@ class PruneTrainingSet(Intervention):
         return self._scores_itself and self.runs == 0
 
     def state_arguments(self) -> dict[str, Any]:
-        """What is kept tells two instances apart."""
-        return {"keep": self.keep, "score": self.score, "strategy": self.strategy}
+        """What is kept, and when it is chosen, tells two instances apart."""
+        return {"keep": self.keep, "score": self.score, "strategy": self.strategy, "runs": self.runs}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Have the part chosen when Lightning asks for the training data, or later."""

@@ -62,4 +62,4 @@ class HyperGRUCell(_HyperCell, nn.GRUCell):
         r_i, z_i, n_i = self.affine(input, h, "_ih").chunk(3, dim=-1)
         r_h, z_h, n_h = self.affine(hidden, h, "_hh").chunk(3, dim=-1)
         candidate = torch.tanh(n_i + torch.sigmoid(r_i + r_h) * n_h)
-        return torch.lerp(candidate, hidden, torch.sigmoid(z_i + z_h))
+        return torch.lerp(candidate, hidden.to(candidate.dtype), torch.sigmoid(z_i + z_h))
