@@ -335,7 +335,7 @@ class Second(SelfTuning):
         ({"warmup_epochs": -1.0}, "`warmup_epochs` of SelfTuning to be a number that is not negative"),
         ({"lr": float("nan")}, "`lr`"),
         ({"entropy_weight": -1e-3}, "`entropy_weight`"),
-        ({"embed": "other"}, "`embed` of SelfTuning to be one of unconstrained, constrained"),
+        ({"embed": "other"}, "`embed` of SelfTuning to be one of 'unconstrained', 'constrained'"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm`"),
     ],
 )

@@ -145,9 +145,8 @@ class SelfTuning(Intervention):
         return "stn"
 
     def state_arguments(self) -> dict[str, Any]:
-        """What is tuned, and on what, tells two instances apart."""
-        source = getattr(self.holdout, "__qualname__", self.holdout)
-        return {"hyperparameters": [hyper.name for hyper in self.hyperparameters], "holdout": source}
+        """Where the held-out batches come from tells two instances apart."""
+        return {"holdout": getattr(self.holdout, "__qualname__", self.holdout)}
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
