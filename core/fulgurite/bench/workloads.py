@@ -48,6 +48,9 @@ class _InMemory(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.tensors[0])
 
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         index = torch.tensor(indices)
         return tuple(tensor[index] for tensor in self.tensors)

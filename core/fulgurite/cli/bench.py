@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulgurite.environment import refuse_if_set
 from fulgurite.errors import FulguriteError, nearest
+from fulgurite.files import write_whole
 from fulgurite.plugin import load_target
 from fulgurite.registry import registry
 from fulgurite.report import format_bytes, format_seconds
@@ -57,6 +58,8 @@ def run(command: str, argv: list[str]) -> int:
     measured = []
     for case, rows in _measure(benches, arguments.rounds, console):
         measured.append((case, rows))
+        if arguments.markdown:  # after each case, so that none is lost
+            write_whole(arguments.markdown, markdown(facts, measured))
         if not arguments.json:
             console.print(_table(case, rows))
     if arguments.json:
@@ -64,8 +67,6 @@ def run(command: str, argv: list[str]) -> int:
         print()
     else:
         console.print(", ".join(f"{name}: {value}" for name, value in facts.items()), style="dim", highlight=False)
-    if arguments.markdown:
-        arguments.markdown.write_text(markdown(facts, measured), encoding="utf-8")
     return int(any(verdict == "missed" for case, rows in measured for verdict in _verdicts(case, rows).values()))
 
 

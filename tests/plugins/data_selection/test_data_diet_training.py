@@ -617,7 +617,10 @@ def test_files_are_checked_against_the_data(tmp_path):
     [
         ({"keep": 0.0}, r"`keep` of PruneTrainingSet to be in \(0, 1\], or a positive integer, but got 0.0"),
         ({"keep": 1.2}, "but got 1.2"),
-        ({"offset": 1.0}, r"`offset` of PruneTrainingSet to be in \[0, 1\), or an integer that is not negative, but got 1.0"),
+        (
+            {"offset": 1.0},
+            r"`offset` of PruneTrainingSet to be in \[0, 1\), or an integer that is not negative, but got 1.0",
+        ),
         ({"keep": 0.6, "offset": 0.5, "strategy": "window"}, r"keep \+ offset .* at most 1, but got 0.6 \+ 0.5"),
         ({"strategy": "hard"}, "one of 'hardest', 'easiest', 'window', 'random', but got 'hard'"),
         ({"score": "el2"}, "got 'el2'. Did you mean 'el2n'"),
