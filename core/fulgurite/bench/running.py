@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 
 from fulgurite.bench.cases import Block, Case, Missing, Row
 from fulgurite.bench.training import PausedTraining
+from fulgurite.quiet import quiet
 
 
 def interleave(
@@ -60,7 +58,7 @@ def _order(names: list[str], number: int) -> list[str]:
 def run_case(case: Case, rounds: int | None = None, after_block: Callable[[], None] = lambda: None) -> list[Row]:
     """Build the variants of a case and measure them; a count of bytes keeps its own number of rounds."""
     timed = case.unit == "seconds"
-    with _quiet(), torch.random.fork_rng():
+    with quiet(), torch.random.fork_rng():
         made = case.blocks()
         blocks = {name: block for name, block in made.items() if not isinstance(block, Missing)}
         try:
@@ -76,17 +74,3 @@ def run_case(case: Case, rounds: int | None = None, after_block: Callable[[], No
                 if isinstance(block, PausedTraining):
                     block.close()
     return [*rows, *(Row(name, (), (), missing=m.reason) for name, m in made.items() if isinstance(m, Missing))]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's messages and warnings out of the tables."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

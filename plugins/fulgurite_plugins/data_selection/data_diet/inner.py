@@ -6,14 +6,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import logging
 import math
 import random
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from fulgurite import distributed
 from fulgurite.errors import RefusedError
+from fulgurite.quiet import quiet
 from fulgurite.teachers import FrozenCopy
 from fulgurite_plugins.data_selection.data_diet.callbacks import ScoreExamples
 from fulgurite_plugins.data_selection.data_diet.files import Scores, average, describe_dataset, load_scores, save_scores
@@ -128,7 +126,7 @@ def _train_one(
         steps = [_Reinitialised(inner.reinit, seed, inner.scoring.user), *_scorers(inner, folder)]
         data = _inner_loader(loader, trainer.world_size)
         fitting = _inner_trainer(trainer, steps, folder, inner.epoch, len(data))
-        with _quiet():
+        with quiet():
             fitting.fit(module, data)
         (found,) = Path(folder).rglob("*.safetensors")
         scores = load_scores(found)
@@ -302,17 +300,3 @@ def _key(trainer: pl.Trainer, template: pl.LightningModule, loader: DataLoader[A
         None if inner.reinit is None else getattr(inner.reinit, "__qualname__", ""),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Lightning says of each inner run out of the user's sight."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
