@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from fulgurite.errors import check_argument, nearest
-from fulgurite.records import RunRecord
+from fulgurite.records import RunRecord, select
 from fulgurite.statistics import Direction, PairedDifference, paired_difference, paired_values
 
 Outcome = Literal["reproduced", "not reproduced", "inconclusive"]
@@ -50,6 +50,42 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """A row that is made, seed by seed, from the runs of several variants, and stands beside them as one more.
+
+    Args:
+        name: The name in tables.
+        of: Names of the variants, at least two.
+        best: Metric that chooses the run whose metrics are taken: that of the best of a random search, by its validation
+            loss. None takes the spread of every metric instead: the largest value minus the smallest.
+        best_is: Which values of `best` are better.
+
+    Raises:
+        ValueError: If `name` is empty, or there are fewer than two distinct variants.
+    """
+
+    name: str
+    of: tuple[str, ...]
+    best: str | None = None
+    best_is: Direction = "lower"
+
+    def __post_init__(self) -> None:
+        check_argument(bool(self.name), "name", "Summary", "a name", self.name)
+        several = not isinstance(self.of, str) and len(set(self.of)) == len(self.of) >= 2
+        check_argument(several, "of", "Summary", "two or more distinct names of variants", self.of)
+        check_argument(self.best_is in get_args(Direction), "best_is", "Summary", "'lower' or 'higher'", self.best_is)
+
+    def __call__(self, runs: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        """Return the metrics of the row from those of the runs of one seed."""
+        if self.best is None:
+            shared = [name for name in runs[0] if all(name in run for run in runs)]
+            return {name: max(run[name] for run in runs) - min(run[name] for run in runs) for name in shared}
+        sign = 1.0 if self.best_is == "lower" else -1.0
+        chosen = [run for run in runs if math.isfinite(run.get(self.best, math.nan))]
+        return min(chosen, key=lambda run: sign * run[self.best or ""]) if chosen else {}
+
+
+@dataclass(frozen=True)
 class Setting:
     """Data and model on which variants are compared.
 
@@ -58,20 +94,32 @@ class Setting:
         config: Nested LightningCLI configuration: `model`, `data`, `trainer`, `optimizer`, `lr_scheduler`.
         variants: What is compared, the reference included.
         summary: One line for the reader.
+        summaries: Rows made from the runs of several variants.
 
     Raises:
-        ValueError: If `name` is empty, or `variants` are none or do not have distinct names.
+        ValueError: If `name` is empty, `variants` are none, or they and the summaries do not have distinct names, or a
+            summary is of variants that are none.
     """
 
     name: str
     config: Mapping[str, Any]
     variants: tuple[Variant, ...]
     summary: str = ""
+    summaries: tuple[Summary, ...] = ()
 
     def __post_init__(self) -> None:
         check_argument(bool(self.name), "name", "Setting", "a name", self.name)
-        names = [variant.name for variant in self.variants]
-        check_argument(bool(names) and len(set(names)) == len(names), "variants", "Setting", "distinct names", names)
+        variants = [variant.name for variant in self.variants]
+        distinct = bool(variants) and len(set(self.rows)) == len(self.rows)
+        check_argument(distinct, "variants", "Setting", "distinct names", self.rows)
+        for summary in self.summaries:
+            for name in summary.of:
+                _check_known("of", name, variants, "Summary")
+
+    @property
+    def rows(self) -> list[str]:
+        """The names of variants and summaries."""
+        return [variant.name for variant in self.variants] + [summary.name for summary in self.summaries]
 
 
 @dataclass(frozen=True)
@@ -80,8 +128,8 @@ class Expectation:
 
     Args:
         setting: Name of the setting.
-        variant: Name of the variant that should be better.
-        reference: Name of the variant that it is compared with.
+        variant: Name of the variant, or of the summary, that should be better.
+        reference: Name of the variant that it is compared with; or a number, which all seeds are compared with.
         metric: Logged name of the final metric: `"test/nll"`.
         direction: Whether `variant` should be lower or higher.
         wins: Seeds, out of the claim's, in which it must be so; None asks for no count.
@@ -94,7 +142,7 @@ class Expectation:
 
     setting: str
     variant: str
-    reference: str
+    reference: str | float
     metric: str
     direction: Direction
     wins: int | None = None
@@ -106,15 +154,20 @@ class Expectation:
         check_argument(
             self.direction in get_args(Direction), "direction", "Expectation", "'lower' or 'higher'", self.direction
         )
-        check_argument(self.variant != self.reference, "reference", "Expectation", "another variant", self.reference)
+        usable = self.variant != self.reference if isinstance(self.reference, str) else math.isfinite(self.reference)
+        check_argument(usable, "reference", "Expectation", "another variant or a finite number", self.reference)
 
     def __str__(self) -> str:
-        text = f"{self.setting}: {self.metric} of {self.variant} {self.direction} than of {self.reference}"
+        text = f"{self.setting}: {self.metric} of {self.variant} {self.direction} than {self._compared}"
         if self.margin > 0:
             text += f" by at least {self.margin:g}"
         elif self.margin < 0:
             text += f", or worse by at most {-self.margin:g}"
         return text if self.wins is None else f"{text}, in at least {self.wins} seeds"
+
+    @property
+    def _compared(self) -> str:
+        return f"of {self.reference}" if isinstance(self.reference, str) else f"{self.reference:g}"
 
 
 @dataclass(frozen=True)
@@ -149,12 +202,13 @@ class Claim:
             check_argument(
                 not isinstance(getattr(self, name), str), name, "Claim", "a tuple of texts", getattr(self, name)
             )
-        variants = {setting.name: [variant.name for variant in setting.variants] for setting in self.settings}
-        check_argument(len(variants) == len(self.settings), "settings", "Claim", "distinct names", [*variants])
+        rows = {setting.name: setting.rows for setting in self.settings}
+        check_argument(len(rows) == len(self.settings), "settings", "Claim", "distinct names", [*rows])
         for expected in self.expectations:
-            _check_known("setting", expected.setting, variants)
-            _check_known("variant", expected.variant, variants[expected.setting])
-            _check_known("reference", expected.reference, variants[expected.setting])
+            _check_known("setting", expected.setting, rows)
+            _check_known("variant", expected.variant, rows[expected.setting])
+            if isinstance(expected.reference, str):
+                _check_known("reference", expected.reference, rows[expected.setting])
             allowed = expected.wins is None or 1 <= expected.wins <= self.seeds
             check_argument(
                 allowed, "wins", "Expectation", f"between 1 and the {self.seeds} seeds of the claim", expected.wins
@@ -168,7 +222,7 @@ class ExpectationResult:
     Args:
         expectation: The expectation.
         status: `"held"`, `"refuted"` or `"undecided"`.
-        difference: Variant minus reference over the seeds that both have; None if there are none.
+        difference: Variant minus reference (or number) over the seeds that both have; None if there are none.
         reason: Why, in words.
     """
 
@@ -193,8 +247,23 @@ class Verdict:
     reason: str
 
 
+def summarised(settings: Iterable[Setting], records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the records with those that the settings' summaries make of them, for seeds whose runs all succeeded."""
+    settings = list(settings)
+    made = {(setting.name, summary.name) for setting in settings for summary in setting.summaries}
+    runs = [record for record in records if (record.setting, record.variant) not in made]
+    rows = []
+    for setting in settings:
+        for summary in setting.summaries:
+            found = [select(runs, setting.name, name) for name in summary.of]
+            for seed in sorted(set[int].intersection(*(set(by_seed) for by_seed in found))):
+                metrics = summary([by_seed[seed].metrics for by_seed in found])
+                rows.append(RunRecord(setting.name, summary.name, seed, "ok", metrics=metrics))
+    return runs + rows
+
+
 def judge(claim: Claim, records: Iterable[RunRecord]) -> Verdict:
-    """Compare the records with the claim.
+    """Compare the records with the claim, its summaries included.
 
     An expectation *holds* if the mean paired difference has the claimed sign, its 95 % interval excludes zero, and the
     required wins are there. It is *refuted* if the mean difference does not have the claimed sign (an interval that
@@ -205,7 +274,7 @@ def judge(claim: Claim, records: Iterable[RunRecord]) -> Verdict:
     The claim is reproduced if all expectations hold on all of its seeds, not reproduced if any is refuted, else
     inconclusive.
     """
-    records = list(records)
+    records = summarised(claim.settings, records)
     results = tuple(_judge_one(expected, claim.seeds, records) for expected in claim.expectations)
     total = len(results)
     refuted = sum(result.status == "refuted" for result in results)
@@ -224,9 +293,12 @@ def judge(claim: Claim, records: Iterable[RunRecord]) -> Verdict:
 
 
 def _judge_one(expected: Expectation, seeds: int, records: Sequence[RunRecord]) -> ExpectationResult:
-    pairs = paired_values(records, expected.setting, expected.variant, expected.reference, expected.metric)
+    pairs = _pairs(records, expected)
     if not pairs:
-        reason = f"No seed has {expected.metric} of both {expected.variant} and {expected.reference}."
+        whose = expected.variant
+        if isinstance(expected.reference, str):
+            whose = f"both {whose} and {expected.reference}"
+        reason = f"No seed has {expected.metric} of {whose}."
         return ExpectationResult(expected, "undecided", None, reason)
     ours, theirs = zip(*pairs.values(), strict=True)
     difference = paired_difference(ours, theirs, better=expected.direction)
@@ -237,6 +309,18 @@ def _judge_one(expected: Expectation, seeds: int, records: Sequence[RunRecord]) 
     if unfinished:
         status, reason = "undecided", f"Not finite for seed {', '.join(map(str, unfinished))}."
     return ExpectationResult(expected, status, difference, reason)
+
+
+def _pairs(records: Sequence[RunRecord], expected: Expectation) -> dict[int, tuple[float, float]]:
+    """Return, by seed, the variant's value and what it is compared with."""
+    if isinstance(expected.reference, str):
+        return paired_values(records, expected.setting, expected.variant, expected.reference, expected.metric)
+    runs = select(records, expected.setting, expected.variant)
+    return {
+        seed: (runs[seed].metrics[expected.metric], expected.reference)
+        for seed in sorted(runs)
+        if expected.metric in runs[seed].metrics
+    }
 
 
 def _decide(difference: PairedDifference, expected: Expectation, seeds: int) -> tuple[Status, str]:
@@ -264,8 +348,8 @@ def _count(number: int) -> str:
     return "expectation" if number == 1 else f"{number} expectations"
 
 
-def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+def _check_known(what: str, name: str, known: Iterable[str], owner: str = "Expectation") -> None:
     known = list(known)
     if name not in known:
         hint = nearest(name, known)
-        raise ValueError(f"Expected `{what}` of Expectation to be one of {', '.join(known)}, but got {name!r}.{hint}")
+        raise ValueError(f"Expected `{what}` of {owner} to be one of {', '.join(known)}, but got {name!r}.{hint}")

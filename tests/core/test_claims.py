@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fulgurite.claims import Claim, Expectation, Setting, Variant, judge
+from fulgurite.claims import Claim, Expectation, Setting, Summary, Variant, judge, summarised
 from fulgurite.records import RunRecord
 
 VARIANTS = (Variant("baseline"), Variant("new", add=("PSKD(alpha=0.8)",)), Variant("smooth"))
@@ -163,3 +163,55 @@ def test_importing_claims_imports_nothing_heavy():
         "import sys, fulgurite.claims; print([m for m in ('torch', 'lightning', 'scipy', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_number_is_a_line_that_all_seeds_are_compared_with():
+    """`PerpGrad reaches 0.95` is no comparison of two variants."""
+    below = Expectation("clean", "new", 0.95, "test/nll", "lower", wins=4)
+    (result,) = judge(claim(below), runs(CLEAR)).results
+    assert (result.status, str(below)) == ("held", "clean: test/nll of new lower than 0.95, in at least 4 seeds")
+    assert result.difference is not None
+    assert result.difference.mean == pytest.approx(-0.05)
+    assert judge(claim(Expectation("clean", "new", 0.85, "test/nll", "lower")), runs(CLEAR)).outcome == "not reproduced"
+    assert judge(claim(below), []).results[0].reason == "No seed has test/nll of new."
+    with pytest.raises(ValueError, match="another variant or a finite number"):
+        Expectation("clean", "new", math.nan, "test/nll", "lower")
+
+
+def searched(values: list[tuple[float, float]], **options: str) -> tuple[Claim, list[RunRecord]]:
+    """A search over two variants, by (validation, test) loss, in each of two seeds."""
+    variants = (Variant("baseline"), Variant("a"), Variant("b"))
+    setting = Setting("clean", {}, variants, summaries=(Summary("search", of=("a", "b"), **options),))
+    expectation = Expectation("clean", "baseline", "search", "test/nll", "lower")
+    records = [
+        RunRecord("clean", name, seed, "ok", metrics={"val/nll": val, "test/nll": test})
+        for seed in range(2)
+        for name, (val, test) in zip("ab", values, strict=True)
+    ]
+    return Claim("Search.", (setting,), 2, (expectation,)), records
+
+
+def test_a_summary_takes_the_run_that_validation_chooses_not_the_best_of_the_test():
+    claimed, records = searched([(0.2, 0.9), (0.3, 0.1)], best="val/nll")
+    rows = [r for r in summarised(claimed.settings, records) if r.variant == "search"]
+    assert [r.metrics["test/nll"] for r in rows] == [0.9, 0.9]
+    claimed, records = searched([(0.2, 0.9), (0.3, 0.1)], best="val/nll", best_is="higher")
+    assert summarised(claimed.settings, records)[-1].metrics["test/nll"] == 0.1
+    claimed, records = searched([(math.nan, 0.9), (0.3, 0.1)], best="val/nll")
+    assert summarised(claimed.settings, records)[-1].metrics["test/nll"] == 0.1  # a diverged run is never the best
+
+
+def test_a_summary_takes_the_spread_and_stands_among_the_variants():
+    claimed, records = searched([(0.2, 0.9), (0.3, 0.1)])
+    twice = summarised(claimed.settings, summarised(claimed.settings, records))
+    assert [r.metrics["test/nll"] for r in twice if r.variant == "search"] == pytest.approx([0.8, 0.8])
+    baseline = [RunRecord("clean", "baseline", s, "ok", metrics={"test/nll": 0.5 + s / 100}) for s in range(2)]
+    assert judge(claimed, records + baseline).results[0].status == "held"
+    assert len(summarised(claimed.settings, records[:-1])) == 4  # no row for a seed whose runs are not all there
+
+
+def test_a_summary_of_unknown_variants_is_named():
+    with pytest.raises(ValueError, match="Expected `of` of Summary to be one of baseline, but got 'bas'"):
+        Setting("clean", {}, (Variant("baseline"),), summaries=(Summary("s", of=("baseline", "bas")),))
+    with pytest.raises(ValueError, match="two or more distinct names"):
+        Summary("s", of=("a",))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from fulgurite.claims import Claim, Outcome, Setting, Variant, Verdict, judge
+from fulgurite.claims import Claim, Outcome, Setting, Variant, Verdict, judge, summarised
 from fulgurite.environment import refuse_if_set
 from fulgurite.errors import FulguriteError, nearest
 from fulgurite.experiment import Checked, check_plan, finished_records, plan, run_plan
@@ -136,6 +136,7 @@ def _reproduce(argv: list[str]) -> int:
 
     from fulgurite.report import comparison_table, terminal_tables, write_report
 
+    records = summarised(claim.settings, records)
     verdict = judge(claim, records)
     for table in terminal_tables(comparison_table(records, metrics=claim.measures)):
         console.print(table)
