@@ -97,11 +97,16 @@ def refuse_coupled(model: nn.Module) -> None:
                 f"called, and a measurement must change nothing. Set its max_norm to None while measuring."
             )
     for name, parameter in model.named_parameters():
-        if type(parameter.data) is not Tensor or any(hasattr(parameter, mark) for mark in _SHARDED):
+        if is_sharded(parameter):
             raise RefusedError(
                 f"Parameter {name!r} is sharded or quantised ({type(parameter.data).__name__}): gradients per example need "
                 f"whole, plain parameters. Measure with an unsharded copy of the model."
             )
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is no plain tensor of its full shape: a shard, or quantised."""
+    return type(parameter.data) is not Tensor or any(hasattr(parameter, mark) for mark in _SHARDED)
 
 
 _SHARDED = ("_fsdp_flattened", "ds_id")

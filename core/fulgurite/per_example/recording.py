@@ -79,7 +79,7 @@ class Recording:
                 "Expected outputs and losses that depend on the model's parameters, but they carry no gradient. Remove "
                 "`detach` or `no_grad` from the model and the loss."
             )
-        nodes, uses = _graph(outputs)
+        nodes, uses = graph_of(outputs)
         self.calls = [call for call in self.calls if call.edge.node in nodes]
         recorded = Counter(parameter for call in self.calls for parameter in call.layer._parameters.values())
         self.uncovered |= {p for p in self.chosen.values() if uses[p] != recorded[p]}
@@ -145,7 +145,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
-def _graph(outputs: Tensor) -> tuple[set[Node], Counter[Any]]:
+def graph_of(outputs: Tensor) -> tuple[set[Node], Counter[Any]]:
     """Return the nodes that a tensor depends on, and how many edges lead to each leaf."""
     nodes: set[Node] = set()
     uses: Counter[Any] = Counter()
