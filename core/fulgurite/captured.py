@@ -51,15 +51,24 @@ class CapturedLoss:
         user: Who reads, for messages.
         criterion: The criterion: an attribute of the module or a function of `torch.nn.functional`; None for the only one.
         seed: Seeds what the step draws from torch's global generators, anew on each call.
+        throwaway: Whether `module` is a copy in evaluation mode whose state nobody needs: nothing is put back, and no graph
+            is made.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, user: str, criterion: str | None = None, seed: int = 0
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        user: str,
+        criterion: str | None = None,
+        seed: int = 0,
+        throwaway: bool = False,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.user = user
         self.seed = seed
+        self.throwaway = throwaway
         self._criterion = criterion or getattr(type(module), "fulgurite_criterion", None)
         spliced = vars(module).get("training_step")
         self._training_step = getattr(spliced, "__wrapped__", module.training_step)
@@ -100,12 +109,10 @@ class CapturedLoss:
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(unnoticed(self.module, self.seed))
-            stack.enter_context(torch.autocast(self.module.device.type, enabled=False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.throwaway:
+                stack.enter_context(torch.no_grad())
+            else:
+                self._enter_unnoticed(stack)
             if not self.module.automatic_optimization:
                 stack.enter_context(self._kept_off_optimizers())
             if self._criterion is None or self._criterion in _FUNCTIONS:
@@ -115,6 +122,14 @@ class CapturedLoss:
             stack.enter_context(self._capture)
             yield
 
+    def _enter_unnoticed(self, stack: ExitStack) -> None:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(unnoticed(self.module, self.seed))
+        stack.enter_context(torch.autocast(self.module.device.type, enabled=False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+
     def _on_functional_loss(self, fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         loss = fn(*args, **kwargs)
         if self._inside and (self._criterion not in _FUNCTIONS or self._criterion == fn.__name__):
@@ -123,10 +138,9 @@ class CapturedLoss:
         return loss
 
     def _note(self, call: LossCall, loss: Tensor) -> None:
-        if self._criterion is not None or getattr(call.outputs, "requires_grad", True):
-            self._seen.append((call, loss))
-            if not self.module.automatic_optimization:
-                raise _SeenError
+        self._seen.append((call, loss))
+        if not self.module.automatic_optimization:
+            raise _SeenError
 
     @contextmanager
     def _kept_off_optimizers(self) -> Iterator[None]:
