@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fulgurite import lightning_adapter
 from fulgurite.errors import RefusedError
 from fulgurite.intervention import Step, named_losses
 from fulgurite.loss_capture import LossCapture
@@ -120,7 +121,11 @@ class CapturedLoss:
             else:
                 stack.enter_context(self._watched_attribute(self._criterion))
             stack.enter_context(self._capture)
-            yield
+            try:
+                yield
+            except BaseException:
+                lightning_adapter.leave_hook(self.module)  # the hook of a callback, in which this was called
+                raise
 
     def _enter_unnoticed(self, stack: ExitStack) -> None:
         stack.enter_context(torch.inference_mode(False))

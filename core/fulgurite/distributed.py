@@ -78,6 +78,25 @@ def average_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def concatenated(part: Tensor) -> Tensor:
+    """Return the parts of all ranks, one after the other, in one collective; waits for no device.
+
+    Args:
+        part: `[n, *]`, of one shape and dtype on all ranks.
+    """
+    if not is_distributed():
+        return part
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
+def sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Overwrite a tensor with its sum over the ranks of a group, in one collective, and return it."""
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return the value of every rank (small picklable things), in the order of ranks."""
     if not is_distributed():

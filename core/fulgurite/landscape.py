@@ -102,7 +102,7 @@ def _interpolated(model: nn.Module) -> dict[str, Tensor]:
     return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **buffers}
 
 
-def ntk_gram(model: nn.Module, inputs: Any, *, parameters: str | Sequence[str] = "all") -> Tensor:
+def ntk_gram(model: nn.Module, inputs: Any, *, parameters: str | Sequence[str] = "all", trace: bool = False) -> Tensor:
     r"""Return the empirical neural tangent kernel, $K_{ncme} = \langle \partial_w f_c(x_n), \partial_w f_e(x_m) \rangle$.
 
     One backward pass per output gives the gradients of all layers' outputs, from which the Jacobians follow. Parameter by
@@ -115,9 +115,12 @@ def ntk_gram(model: nn.Module, inputs: Any, *, parameters: str | Sequence[str] =
         model: The model; it is used in the mode that it is in.
         inputs: Inputs of `N` examples, as for `fulgurite.per_example.per_example_squares`.
         parameters: With respect to which parameters, likewise.
+        trace: Whether to sum over the outputs, $\sum_c K_{ncmc}$. Outputs are then treated one after the other, so that
+            neither `[NC, NC]` nor gradients of several outputs are in memory.
 
     Returns:
-        `[N, C, N, C]` in float32 or float64, detached. `K.flatten(2).flatten(0, 1)` is the matrix `[NC, NC]`.
+        `[N, C, N, C]` in float32 or float64, detached, or `[N, N]` if it is summed. `K.flatten(2).flatten(0, 1)` is the
+        matrix `[NC, NC]`.
 
     Raises:
         ValueError: If the model's outputs are not `[N, C]` or carry no gradient, or `parameters` matches none that requires
@@ -139,14 +142,18 @@ def ntk_gram(model: nn.Module, inputs: Any, *, parameters: str | Sequence[str] =
             uncovered |= recording.uncovered
         recording.uncovered = uncovered
         classes = outputs.shape[1]
-        of_outputs = [output_gradients(outputs[:, c], recording, keep_graph=True) for c in range(classes)]
+        size = examples.number if trace else outputs.numel()
+        gram = at_least_float32(outputs.detach()).new_zeros(size, size)
+        for part in [[c] for c in range(classes)] if trace else [range(classes)]:
+            of_outputs = [output_gradients(outputs[:, c], recording, keep_graph=True) for c in part]
+            with torch.no_grad():
+                for name, gradients in recording.gradients(of_outputs):
+                    gram += _gram(gradients, chosen[name].shape)
         with torch.no_grad():
-            gram = at_least_float32(outputs).new_zeros(outputs.numel(), outputs.numel())
-            for name, gradients in recording.gradients(of_outputs):
-                gram += _gram(gradients, chosen[name].shape)
             for name in (name for name, parameter in chosen.items() if parameter in uncovered):
-                gram += _square(_jacobian(network, name, examples).movedim(1, 0))
-    return gram.unflatten(1, (classes, -1)).unflatten(0, (classes, -1)).permute(1, 0, 3, 2)
+                jacobian = _jacobian(network, name, examples)
+                gram += _square(jacobian.unsqueeze(0) if trace else jacobian.movedim(1, 0))
+    return gram if trace else gram.unflatten(1, (classes, -1)).unflatten(0, (classes, -1)).permute(1, 0, 3, 2)
 
 
 def _gram(gradients: Sequence[Gradient], shape: torch.Size) -> Tensor:

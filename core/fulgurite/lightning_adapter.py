@@ -59,6 +59,14 @@ def completes_update(trainer: pl.Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def leave_hook(module: pl.LightningModule) -> None:
+    """Let a module forget the hook that an error has ended; Lightning does so only when a hook returns.
+
+    Private: `_current_fx_name`; `log` reads it.
+    """
+    module._current_fx_name = None
+
+
 def is_training_stage(trainer: pl.Trainer) -> bool:
     """Return whether the trainer is in its training loop, not in the sanity check or in validation."""
     return trainer.state.stage == "train"

@@ -39,8 +39,10 @@ class FrozenCopy:
     """
 
     def __init__(self, module: pl.LightningModule, mode: Mode = "eval") -> None:
+        trainer = module._trainer  # a CLI's module holds it, through the function that makes its optimizer
+        shared = {id(each): each for each in (trainer, getattr(trainer, "datamodule", None))}
         with _DetachedCopies():
-            self.module = copy.deepcopy(module)
+            self.module = copy.deepcopy(module, shared)
         self.module.requires_grad_(False)
         self.module.train(mode == "train")
         self._buffers = dict(self.module.named_buffers()) if mode == "train" else {}

@@ -13,6 +13,42 @@ plugin = Plugin(
         Component("CIFAR10", f"{__name__}.cifar:CIFAR10", "datamodule", "CIFAR-10 from a local folder."),
         Component("CIFAR100", f"{__name__}.cifar:CIFAR100", "datamodule", "CIFAR-100 from a local folder."),
         Component(
+            "ModularArithmetic",
+            f"{__name__}.modular_arithmetic:ModularArithmetic",
+            "datamodule",
+            "Pairs of integers modulo p and the result of an operation on them.",
+        ),
+        Component(
+            "SparseRegression",
+            f"{__name__}.synthetic_regression:SparseRegression",
+            "datamodule",
+            "A sparse linear target of Gaussian inputs.",
+        ),
+        Component(
+            "SingleNeuron",
+            f"{__name__}.synthetic_regression:SingleNeuron",
+            "datamodule",
+            "A single ReLU neuron of Gaussian inputs.",
+        ),
+        Component(
+            "PolynomialRegression",
+            f"{__name__}.polynomial_regression:PolynomialRegression",
+            "datamodule",
+            "A polynomial of one direction of Gaussian inputs.",
+        ),
+        Component(
+            "TeacherStudent",
+            f"{__name__}.polynomial_regression:TeacherStudent",
+            "datamodule",
+            "What a random network gives for Gaussian inputs.",
+        ),
+        Component(
+            "SparseParity",
+            f"{__name__}.sparse_parity:SparseParity",
+            "datamodule",
+            "Words of bits, labelled with the parity of a few of them.",
+        ),
+        Component(
             "flip_labels", f"{__name__}.noise:flip_labels", "function", "Wrong labels for a fraction of examples."
         ),
         Component(

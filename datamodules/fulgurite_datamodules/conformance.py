@@ -14,6 +14,10 @@ import torch
 from fulgurite.testing import Case
 from fulgurite_datamodules.cifar import CIFAR10, CIFAR100, PIXELS
 from fulgurite_datamodules.mnist1d import MNIST1D
+from fulgurite_datamodules.modular_arithmetic import ModularArithmetic
+from fulgurite_datamodules.polynomial_regression import PolynomialRegression, TeacherStudent
+from fulgurite_datamodules.sparse_parity import SparseParity
+from fulgurite_datamodules.synthetic_regression import SingleNeuron, SparseRegression
 
 _RECORDS = 60
 """Images in each file."""
@@ -62,6 +66,31 @@ CASES = {
         Case(label="noise", make=lambda: _cifar10(label_noise=0.3, augment=False, drop_last=True)),
     ),
     "CIFAR100": Case(make=_cifar100),
+    "ModularArithmetic": (
+        Case(make=lambda: ModularArithmetic(modulus=7)),
+        Case(label="tokens", make=lambda: ModularArithmetic(modulus=7, encoding="tokens", batch_size=4)),
+        Case(
+            label="noise",
+            make=lambda: ModularArithmetic(modulus=7, corrupted_fraction=0.3, batch_size=4, drop_last=True),
+        ),
+    ),
+    "SparseRegression": (
+        Case(make=lambda: SparseRegression(dim=5, train_size=8, test_size=6)),
+        Case(label="batches", make=lambda: SparseRegression(dim=5, train_size=9, test_size=6, batch_size=2)),
+    ),
+    "SingleNeuron": Case(make=lambda: SingleNeuron(dim=5, train_size=9, test_size=6, batch_size=2)),
+    "PolynomialRegression": (
+        Case(make=lambda: PolynomialRegression(dim=5, train_size=8, test_size=6)),
+        Case(
+            label="noise",
+            make=lambda: PolynomialRegression(dim=5, train_size=9, test_size=6, noise_std=0.3, batch_size=2),
+        ),
+    ),
+    "TeacherStudent": Case(make=lambda: TeacherStudent(dim=5, train_size=9, test_size=6, batch_size=2)),
+    "SparseParity": (
+        Case(make=lambda: SparseParity(relevant=2, noise=6, size=40)),
+        Case(label="batches", make=lambda: SparseParity(noise=6, size=41, encoding="signs", batch_size=4)),
+    ),
     "flip_labels": Case(arguments=_flip_labels),
     "stratified_order": Case(arguments=_stratified_order),
 }

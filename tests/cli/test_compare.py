@@ -195,6 +195,15 @@ def test_the_claim_of_ps_kd_can_start_and_has_the_sizes_it_states(tmp_path):
     assert (CLAIM.settings[1].config["data"]["init_args"]["train_size"], CLAIM.expectations[0].wins) == (300, 7)
 
 
+@pytest.fixture
+def interruptible():
+    """Let SIGINT interrupt, as in a terminal; a suite started in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(config, tmp_path, capsys):
     config.write_text(yaml.safe_dump({**CONFIG, "trainer": {"max_epochs": 100, "accelerator": "cpu"}}))
     path = tmp_path / "out" / "runs.jsonl"

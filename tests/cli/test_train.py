@@ -157,6 +157,14 @@ def test_data_and_networks_go_by_their_short_names():
     assert isinstance(build("--model.network=MLP", "--model.network.hidden=[5]").model.network, MLP)
 
 
+def test_data_that_are_named_have_their_own_defaults_not_those_of_the_default_data():
+    """`ModularArithmetic` trains on full batches; the 64 of `Digits` must not come along."""
+    built = assemble({"data": {"class_path": "ModularArithmetic", "init_args": {"modulus": 7}}}, seed=False)
+    assert built.datamodule.batch_size is None
+    built = assemble({"data": "MNIST1D"}, seed=False)
+    assert built.datamodule.batch_size == type(built.datamodule)().batch_size
+
+
 def test_an_instance_as_network_needs_no_shapes():
     assert isinstance(build("--model.network=torch.nn.Flatten").model.network, torch.nn.Flatten)
 

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from fulgurite import FulguriteError, Intervention
 from fulgurite.bench import (
@@ -21,8 +22,10 @@ from fulgurite.bench import (
     Training,
     batches,
     calls,
+    convolutional,
     interleave,
     peer,
+    perceptron,
     run_case,
     trainers,
     training_memory,
@@ -122,6 +125,31 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_reason():
     assert target.judge(missing) == "not measured"
     with pytest.raises(FulguriteError, match="surely_not_installed"):
         blocks["peer"]()
+
+
+@pytest.mark.parametrize(("make", "features"), [(perceptron, 784), (convolutional, 768)])
+@pytest.mark.parametrize("dropout", [None, 0.1])
+def test_the_networks_of_the_benches_have_a_million_parameters_and_train(make, features, dropout):
+    module = make(100, dropout)
+    assert sum(p.numel() for p in module.parameters()) == pytest.approx(1e6, rel=0.05)
+    inputs, targets = next(iter(batches(8, features, 100, 4)()))
+    module.training_step((inputs, targets), 0).backward()
+    assert all(bool((p.grad != 0).any()) for p in module.parameters())
+    rates = [layer.p for layer in module.network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)]
+    assert rates == ([] if dropout is None else [0.1] * (2 if make is perceptron else 4))
+
+
+def test_channels_change_the_network_and_its_last_layer_follows():
+    module = convolutional(10, channels=(4, 8))
+    assert module.network(torch.zeros(2, 768)).shape == (2, 10)
+    assert module.network[-1].in_features == 8 * 4 * 4
+
+
+def test_a_classifier_is_made_of_widths_or_of_a_network():
+    widths = [layer.weight.shape for layer in Classifier((3, 5, 2)).network if isinstance(layer, nn.Linear)]
+    assert widths == [(5, 3), (2, 5)]
+    network = nn.Linear(3, 2)
+    assert Classifier(network).network is network
 
 
 class Counting(Intervention):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulgurite import landscape
 from fulgurite.errors import RefusedError
@@ -154,6 +155,36 @@ def test_tangent_kernel_equals_that_of_the_dense_jacobian(name, block, monkeypat
     torch.testing.assert_close(gram, dense_gram(model, x), rtol=1e-10, atol=1e-12)
     matrix = gram.flatten(2).flatten(0, 1)
     assert torch.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.diagonal().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trace_of_the_tangent_kernel_equals_that_of_the_dense_jacobian(name):
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    model, x = make().double(), inputs()
+    expected = torch.einsum("ncmc->nm", dense_gram(model, x))
+    torch.testing.assert_close(ntk_gram(model, x, trace=True), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_trace_of_the_tangent_kernel_never_holds_a_matrix_over_all_outputs():
+    class Largest(TorchDispatchMode):
+        """Notes the largest tensor that any operation makes."""
+
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = result if isinstance(result, (tuple, list)) else [result]
+            self.numbers = max([self.numbers, *(t.numel() for t in tensors if isinstance(t, Tensor))])
+            return result
+
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 16)), torch.randn(20, 4)
+    largest = {}
+    for trace in (True, False):
+        with Largest() as mode:
+            ntk_gram(model, x, trace=trace)
+        largest[trace] = mode.numbers
+    assert largest == {True: 20 * 20, False: (20 * 16) ** 2}
 
 
 def test_tangent_kernels_of_disjoint_groups_add_up():

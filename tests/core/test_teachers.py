@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,6 +99,20 @@ def test_module_that_keeps_outputs_with_their_graph_can_be_copied():
     assert not copy.module.kept[0].requires_grad
     assert module.kept[0].requires_grad
     assert torch.equal(copy.module.kept[0], module.kept[0].detach())
+
+
+def test_a_module_that_holds_its_trainer_is_copied_without_it():
+    """A CLI's modules do, through the function that makes their optimizer: data, loaders and all."""
+    module, trainer = Noisy(), helpers.trainer()
+    module.trainer = trainer
+    trainer.datamodule = pl.LightningDataModule()
+    trainer.in_mid_epoch = (number for number in range(3))  # a generator cannot be copied
+    module.make_optimizer = functools.partial(print, {"trainer": trainer, "data": trainer.datamodule})
+    copied = FrozenCopy(module).module
+    assert copied.make_optimizer is not module.make_optimizer
+    assert copied.make_optimizer.args[0]["trainer"] is trainer
+    assert copied.make_optimizer.args[0]["data"] is trainer.datamodule
+    assert copied._trainer is None
 
 
 def test_no_such_call_is_named():

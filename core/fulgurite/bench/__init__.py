@@ -18,7 +18,7 @@ from fulgurite.bench.machine import device, machine
 from fulgurite.bench.own import BENCH
 from fulgurite.bench.running import interleave, run_case
 from fulgurite.bench.training import Callbacks, Training, trainers, training_memory
-from fulgurite.bench.workloads import Classifier, batches
+from fulgurite.bench.workloads import Classifier, batches, convolutional, perceptron
 
 __all__ = [
     "BENCH",
@@ -36,10 +36,12 @@ __all__ = [
     "Unit",
     "batches",
     "calls",
+    "convolutional",
     "device",
     "interleave",
     "machine",
     "peer",
+    "perceptron",
     "run_case",
     "trainers",
     "training_memory",

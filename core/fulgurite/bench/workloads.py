@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model and data to measure with: they cost as little as they can besides the training step itself."""
+"""Models and data to measure with: they cost as little as they can besides the training step itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Classifier(pl.LightningModule):
-    """A multi-layer perceptron trained by SGD with momentum; it knows nothing of Fulgurite.
+    """A network trained by SGD with momentum on the cross entropy; it knows nothing of Fulgurite.
 
     Args:
-        widths: Width of the input, of each hidden layer, and of the output.
+        network: The network, or the widths of a multi-layer perceptron: of the input, of each hidden layer, and of the
+            output.
     """
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module | Sequence[int]) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        self.network = nn.Sequential(*layers[:-1])
+        self.network = network if isinstance(network, nn.Module) else _perceptron(network, None)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""
@@ -37,6 +35,41 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer."""
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def perceptron(classes: int, dropout: float | None = None) -> Classifier:
+    """Return a perceptron of a million parameters, for inputs `[B, 784]`.
+
+    Args:
+        classes: Classes.
+        dropout: Rate of dropout after each of the two hidden layers; None for no such layers.
+    """
+    return Classifier(_perceptron((784, 800, 460, classes), dropout))
+
+
+def convolutional(
+    classes: int, dropout: float | None = None, channels: Sequence[int] = (64, 128, 256, 256)
+) -> Classifier:
+    """Return a convolutional network, by default of a million parameters, for images of 16x16 pixels as rows `[B, 768]`.
+
+    Args:
+        classes: Classes.
+        dropout: Rate at which each of its blocks drops channels; None for no such layers.
+        channels: Outputs of each 3x3 convolution, at most four; after each come a ReLU and pooling that halves the image.
+    """
+    layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
+    for inputs, outputs in pairwise((3, *channels)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [] if dropout is None else [nn.Dropout2d(dropout)]
+    pixels = (16 >> len(channels)) ** 2
+    return Classifier(nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * pixels, classes)))
+
+
+def _perceptron(widths: Sequence[int], dropout: float | None) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths[:-1]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(), *([] if dropout is None else [nn.Dropout(dropout)])]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 class _InMemory(Dataset[Any]):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import sys
 import warnings
@@ -81,11 +82,10 @@ class FulguriteCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the defaults, link the model to the data, and add optimizer and schedule."""
-        parser.set_defaults({"model": {"class_path": _MODEL}})
-        model = find_class(str(self._given.values.get("model", _MODEL)), pl.LightningModule)
+        model = self._set_default_class(parser, "model", pl.LightningModule, _MODEL)
         if self._given.under("data") or not any(overrides(model, pl.LightningModule, loader) for loader in _LOADERS):
             digits = registry().plugin("datamodules").component("Digits")
-            parser.set_defaults({"data": {"class_path": digits.target.replace(":", ".")}})
+            self._set_default_class(parser, "data", pl.LightningDataModule, digits.target.replace(":", "."))
         for name in _LINKED:
             # A link to what the model does not take would end up in the hyper-parameters that its checkpoints hold.
             if takes(model, name) and not self._given.under(f"model.{name}"):
@@ -94,6 +94,16 @@ class FulguriteCLI(LightningCLI):
         parser.add_lr_scheduler_args()
         if not self._run:
             parser.add_method_arguments(pl.Trainer, "fit", skip=_OBJECTS)
+
+    def _set_default_class(self, parser: LightningArgumentParser, key: str, base: type, default: str) -> Any:
+        """Let the class that is named be the default, and return it.
+
+        Of another default's arguments the parser would keep those that the named class has too, such as a batch size.
+        """
+        named = find_class(str(self._given.values.get(key, default)), base)
+        usable = inspect.isclass(named) and issubclass(named, base)
+        parser.set_defaults({key: {"class_path": f"{named.__module__}.{named.__qualname__}" if usable else default}})
+        return named
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; the process's own command line is not looked at."""

@@ -259,7 +259,11 @@ class _Backward:
         with _twice():
             if number > 1 and self._batched:
                 try:
-                    return self._grad(used, is_grads_batched=True)
+                    batched = self._grad(used, is_grads_batched=True)
+                    return [  # zeros for what is not used have no rows
+                        g if g.ndim > i.ndim else g.expand(number, *i.shape)
+                        for g, i in zip(batched, self._inputs, strict=True)
+                    ]
                 except RuntimeError:
                     self._batched = False  # vmap cannot carry some operation's backward pass
             rows = [self._grad([vector[k] for vector in used]) for k in range(number)]

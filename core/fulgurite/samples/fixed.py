@@ -82,7 +82,8 @@ class FixedBatches:
             device = self._trainer.lightning_module.device
             with seeded(derived_seed(self._seed, rank, number), device), torch.inference_mode(False):
                 batch = lightning_adapter.to_device(self._trainer, next(iter(part)))
-            yield batch
+            if batch is not None:  # as in training, where the loop skips what a loader gives so
+                yield batch
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""

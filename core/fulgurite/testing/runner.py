@@ -127,11 +127,11 @@ def check_component(
                 torch.set_num_threads(threads)
 
 
-def _instances_of(target: Any, make: Callable[[], Any]) -> Callable[[], Any]:
+def _instances_of(target: Any, make: Callable[..., Any]) -> Callable[..., Any]:
     """Return `make`, held to making instances of the component and of nothing else."""
 
-    def made() -> Any:
-        instance = make()
+    def made(*arguments: Any) -> Any:
+        instance = make(*arguments)
         if isinstance(target, type):
             what = type(instance).__name__
             expect(isinstance(instance, target), f"`make` of the case makes a {what}, not a {target.__name__}")

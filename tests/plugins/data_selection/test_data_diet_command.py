@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import math
@@ -15,17 +16,25 @@ import matplotlib.image
 import pytest
 import torch
 import yaml
+from scipy.stats import spearmanr
 
 from fulgurite.errors import FulguriteError
 from fulgurite.records import RunRecord
 from fulgurite_datamodules import Digits
 from fulgurite_plugins.data_selection import load_scores
 from fulgurite_plugins.data_selection.data_diet import pictures
+from fulgurite_plugins.data_selection.data_diet.claim import CLAIM
+from fulgurite_plugins.data_selection.data_diet.claim_data import SplitDigits
 from fulgurite_plugins.data_selection.data_diet.command import run
-from fulgurite_plugins.data_selection.data_diet.files import average, save_scores
+from fulgurite_plugins.data_selection.data_diet.files import Scores, average, save_scores
 from fulgurite_plugins.data_selection.data_diet.statistics import auc, precision_and_recall, rank_agreement
+from fulgurite_plugins.data_selection.data_diet.summary import as_csv, cells, summarise
+
+ROOT = Path(__file__).parents[3]
 
 DATA = {"train_size": 120, "val_size": 0, "test_size": 100, "label_noise": 0.2, "noise_kind": "symmetric"}
+
+OPTIMIZER = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     """Two runs of three epochs, two scores, and trainings on half of the data."""
     folder = tmp_path_factory.mktemp("score")
     config = {
-        "model": {"class_path": "Classification"},
+        "model": {"class_path": "Classification", "init_args": {"optimizer": OPTIMIZER}},
         "data": {"class_path": "Digits", "init_args": DATA},
         "trainer": {"max_epochs": 3, "accelerator": "cpu"},
     }
@@ -60,12 +69,22 @@ def test_the_file_holds_the_mean_of_the_runs(scored):
     assert scores.provenance["presentations"] == {"forgetting@2": 2}
 
 
-def test_what_is_finished_is_not_run_again(scored, capsys):
+def test_what_is_finished_is_not_run_again_and_the_table_is_printed(scored, capsys):
     folder, more = scored
     before = (folder / "s" / "runs.jsonl").stat().st_mtime_ns
     (folder / "s.safetensors").unlink()
     assert run(more["words"]) == 0
-    assert "2 are finished already" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 are finished already" in printed
+    assert "GPU available" not in printed
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in printed.splitlines()]
+    shown = {line[0]: line[1:] for line in lines if len(line) == 3}
+    rows = table(folder)
+    assert shown["score"] == [row["score"] for row in rows] == ["el2n@2", "forgetting@2"]
+    assert shown["AUC for wrong labels"] == [f"{float(row['labels_auc']):.3f}" for row in rows]
+    assert shown["precision of the 24 highest"] == [f"{100 * float(row['labels_precision']):.1f} %" for row in rows]
+    assert shown["their recall"] == [f"{100 * float(row['labels_recall']):.1f} %" for row in rows]
+    assert shown["rank correlation with el2n@2"] == [f"{float(row['rank_el2n@2']):.2f}" for row in rows]
     assert (folder / "s" / "runs.jsonl").stat().st_mtime_ns == before
     (folder / "s" / "runs" / "seed=1-epoch=2.safetensors").rename(folder / "away")
     with pytest.raises(FulguriteError, match="seed=1-epoch=2.safetensors is missing. Remove the folder"):
@@ -111,6 +130,69 @@ def test_the_report_is_one_page_with_its_pictures(scored):
     data.setup()
     assert f"{auc(scores, data.train_targets != data.train_clean_targets):.3f}" in page
     assert "24 labels are known to be wrong" in page
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "s-summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_is_what_the_scores_of_the_runs_say(scored):
+    folder, _ = scored
+    scores = load_scores(folder / "s.safetensors").values
+    data = Digits(**DATA)
+    data.setup()
+    wrong = data.train_targets != data.train_clean_targets
+    for row, (name, prefix) in zip(
+        table(folder), {"el2n": "seed", "forgetting": "forgetting-seed"}.items(), strict=True
+    ):
+        values = scores[f"{name}@2"]
+        runs = [load_scores(folder / "s" / "runs" / f"{prefix}={seed}-epoch=2.safetensors") for seed in (0, 1)]
+        single = spearmanr(*(part.values[f"{name}@2"] for part in runs)).statistic
+        found = int(wrong[values.topk(24).indices].sum()) / 24
+        expected = {
+            "single_runs": single,
+            "halves": single,  # of two runs each half is one
+            "labels_wrong": 24,
+            "labels_auc": auc(values, wrong),
+            "rank_el2n@2": spearmanr(values, scores["el2n@2"]).statistic,
+            "rank_forgetting@2": spearmanr(values, scores["forgetting@2"]).statistic,
+        }
+        if name == "el2n":  # equal counts may be cut off elsewhere
+            expected |= {"labels_precision": found, "labels_recall": found}
+        assert row["score"] == f"{name}@2"
+        assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
+
+
+def test_the_table_of_one_run_without_known_wrong_labels_says_only_what_is_known():
+    scores = Scores({"el2n@1": torch.rand(9)})
+    for wrong in (None, torch.zeros(9, dtype=torch.bool)):
+        rows = summarise(scores, [scores], wrong)
+        assert cells(rows) == [
+            ["score", "two single runs agree", "two halves of the runs agree"],
+            ["el2n@1", "-", "-"],
+        ]
+        heading, row, end = as_csv(rows).split("\n")
+        assert dict(zip(heading.split(","), row.split(","), strict=True)) == {
+            **dict.fromkeys(heading.split(","), ""),
+            "score": "el2n@1",
+            "rank_el2n@1": "1.0",
+        }
+        assert end == ""
+
+
+def test_the_command_of_the_card_scores_the_training_of_the_claim(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the first split
+    config = yaml.safe_load((ROOT / "docs" / "measured" / "data_diet-noisy.yaml").read_text())
+    setting = next(setting for setting in CLAIM.settings if setting.name == "noisy")
+    assert {key: config[key] for key in ("model", "trainer")} == {k: setting.config[k] for k in ("model", "trainer")}
+    data, claimed = Digits(**config["data"]["init_args"]), SplitDigits(**setting.config["data"]["init_args"])
+    for each in (data, claimed):
+        each.setup()
+    assert torch.equal(data.train_targets, claimed.train_targets)
+    assert torch.equal(data.train_indices, claimed.train_indices)
+    assert (data.batch_size, data.drop_last) == (claimed.batch_size, claimed.drop_last)
+    assert int((data.train_targets != data.train_clean_targets).sum()) == 109
 
 
 def test_files_can_be_averaged_later(scored, capsys):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,9 @@ from fulgurite_plugins.reparametrization import (
     orthogonal_conv_exists,
     orthogonal_conv_init_,
 )
+from fulgurite_plugins.reparametrization.orthogonal_convolutions.correlation import AtFrequencies, AtLags
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional import (
+    correlated_rows,
     kernel_rows,
     polyphase_rows,
     residual,
@@ -28,6 +31,8 @@ from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional impo
 )
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.landscape import SHAPES, descend
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.theory import certified_norm, isometry_constant
+
+METHODS = ("auto", "lags", "fft", "conv")
 
 CASES = [
     (4, 6, 3, 1),
@@ -72,7 +77,7 @@ def test_theorem_a_against_the_dense_operator(shape, axes):
     weight = kernel(filters, channels, *[k] * axes)
     n = math.ceil((2 * k - 1) / s)
     expected = squared_residual(conv_operator_matrix(weight, s, s * n))
-    for method in ("auto", "conv", "fft"):
+    for method in METHODS:
         torch.testing.assert_close(n**axes * lorth(weight, s, method=method), expected, rtol=1e-12, atol=0)
 
 
@@ -184,6 +189,7 @@ def test_identity_kernel(k):
     weight = torch.zeros(4, 4, k, k, dtype=torch.float64)
     nn.init.dirac_(weight)
     assert lorth(weight) < 1e-30
+    assert lorth(weight, method="lags") == 0
     assert lorth(weight, method="conv") == 0
 
 
@@ -218,17 +224,76 @@ def test_exact_near_zero_in_the_column_case_in_float32():
 # Forms and invariances
 
 
-def test_one_form_is_the_other_for_all_geometries():
-    for stride, groups, shape in [
-        (1, 2, (4, 3, 3, 3)),
-        ((2, 3), 1, (5, 2, 3, 5)),
-        ((1, 2), 3, (6, 1, 2, 3)),
-        (2, 1, (3, 2, 3, 3, 3)),
-    ]:
-        weight = kernel(*shape)
-        torch.testing.assert_close(
-            lorth(weight, stride, 1, groups, method="conv"), lorth(weight, stride, 1, groups), rtol=1e-10, atol=0
-        )
+GEOMETRIES = [
+    (1, 1, 2, (4, 3, 3, 3)),
+    ((2, 3), 1, 1, (5, 2, 3, 5)),
+    ((1, 2), 1, 3, (6, 1, 2, 3)),
+    (2, 1, 1, (3, 2, 3, 3, 3)),
+    (2, (2, 1), 2, (4, 3, 2, 3)),
+    (3, 1, 1, (2, 5, 2, 7)),
+    (1, 1, 1, (5, 4)),
+]
+"""Stride, dilation, groups, kernel; with two axes and more the slow oracle is the convolution of the kernel with itself."""
+
+
+@pytest.mark.parametrize(("stride", "dilation", "groups", "shape"), GEOMETRIES)
+@pytest.mark.parametrize("method", ["auto", "lags", "fft"])
+def test_value_and_gradient_of_every_form_for_all_geometries(stride, dilation, groups, shape, method):
+    """The values against the dense operator, the closed gradients against autograd through the convolution."""
+    weight = kernel(*shape).requires_grad_()
+    found = lorth(weight, stride, dilation, groups, method=method)
+    axes = len(shape) - 2
+    strides, spread = (x if isinstance(x, tuple) else (x,) * axes for x in (stride, dilation))
+    n = [math.ceil((2 * d * (k - 1) + 1) / s) for k, s, d in zip(shape[2:], strides, spread, strict=True)]
+    size = [x * s for x, s in zip(n, strides, strict=True)] or 1
+    parts = weight.chunk(groups)
+    dense = [squared_residual(conv_operator_matrix(part, stride, size, dilation)) for part in parts]
+    torch.testing.assert_close(math.prod(n) * found, sum(dense), rtol=1e-10, atol=0)
+    expected = lorth(weight, stride, dilation, groups, method="conv")
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, weight)[0] for value in (found, expected)), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_a_direct_sum_over_lags_is_the_oracle_of_the_form_at_lags():
+    """Without any matrix product: every pair of filters, every lag that is a multiple of the stride, every tap."""
+    weight, stride = kernel(3, 2, 4), 2
+    total = 0.0
+    for m, n, d in itertools.product(range(3), range(3), (-2, 0, 2)):
+        taps = [t for t in range(4) if 0 <= t + d < 4]
+        product = sum(float(weight[m, c, t] * weight[n, c, t + d]) for c in range(2) for t in taps)
+        total += (product - (d == 0 and m == n)) ** 2
+    assert float(lorth(weight, stride, method="lags")) == pytest.approx(total, rel=1e-12)
+
+
+def test_auto_takes_the_lags_where_a_stride_leaves_few_of_them():
+    """128 x 64 x 3 x 3 with stride 2: 42 multiplications per entry of M M C for value and gradient, against 140."""
+    strided = correlated_rows(torch.zeros(128, 64, 3, 3), 2)
+    assert strided.step == (2, 2)
+    assert strided.rows.shape == (1, 128, 64, 3, 3)
+    unit = 128**2 * 64
+    assert AtLags((3, 3), (2, 2)).cost(128, 64) == 42 * unit + AtLags((1,), (1,)).cost(0, 0) * 5
+    assert AtFrequencies((2, 2)).cost(128, 256) == 140 * unit
+    assert correlated_rows(torch.zeros(128, 64, 3, 3), 2, method="fft").step == (1, 1)
+    assert correlated_rows(torch.zeros(64, 64, 9, 9), 2).step == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["lags", "fft"])
+def test_accuracy_in_float32_and_double_backward_and_transforms(method):
+    weight = 0.1 * kernel(24, 8, 3, 3)
+    for stride in (1, 2):
+
+        def value(w: Tensor, stride: int = stride) -> Tensor:
+            return lorth(w, stride, method=method)
+
+        exact = torch.func.grad(lambda w, s=stride: lorth(w, s, method="conv"))(weight)
+        torch.testing.assert_close(torch.func.grad(value)(weight.float()).double(), exact, rtol=1e-4, atol=1e-5)
+        assert abs(value(weight.float()) - value(weight)) < 1e-6 * value(weight)
+        both = torch.func.vmap(torch.func.grad(value))(torch.stack([weight, 2 * weight]))
+        torch.testing.assert_close(both[0], exact, rtol=1e-10, atol=1e-12)
+        small = kernel(3, 2, 3, 2).requires_grad_()
+        assert torch.autograd.gradgradcheck(value, small)
+        assert torch.autograd.gradcheck(value, small, check_forward_ad=True, check_batched_grad=True)
 
 
 def test_groups_are_added():
@@ -265,7 +330,7 @@ def test_a_transposed_convolution_is_the_adjoint(shape, stride):
 
 
 @pytest.mark.parametrize(("shape", "stride"), [((3, 2, 3, 3), 1), ((2, 3, 3), 1), ((5, 1, 3, 2), 2), ((3, 2), 1)])
-@pytest.mark.parametrize("method", ["conv", "fft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_gradient(shape, stride, method):
     assert torch.autograd.gradcheck(lambda w: lorth(w, stride, method=method), kernel(*shape).requires_grad_())
 
@@ -283,7 +348,7 @@ def test_precision_and_wrong_arguments():
     with torch.inference_mode():
         lorth(kernel(7, 5, 4, 4))
     lorth(kernel(7, 5, 4, 4).requires_grad_()).backward()
-    with pytest.raises(ValueError, match="`method` to be one of 'auto', 'conv', 'fft', but got 'dense'"):
+    with pytest.raises(ValueError, match="`method` to be one of 'auto', 'lags', 'fft', 'conv', but got 'dense'"):
         lorth(kernel(3, 2, 3, 3), method="dense")
     with pytest.raises(ValueError, match="`stride` to be a positive integer, or 2 of them"):
         lorth(kernel(3, 2, 3, 3), stride=(1, 1, 1))

@@ -97,7 +97,7 @@ def close(a: nn.Module, b: nn.Module, tolerance: float = 1e-5) -> bool:
 # The penalty
 
 
-@pytest.mark.parametrize("method", ["auto", "conv"])
+@pytest.mark.parametrize("method", ["auto", "lags", "conv"])
 def test_it_is_the_sum_over_layers_that_a_user_would_write(method):
     ours, theirs, plain = Images(), ByHand(), Images()
     logged = Logged()
@@ -330,7 +330,7 @@ def test_refusals():
         ({"weight": float("nan")}, "`weight` .*got nan"),
         ({"weight": Schedule(-1.0)}, "`weight` .*got -1.0"),
         ({"variant": "cayley"}, "`variant` .* 'lorth', 'kernel', 'wang', but got 'cayley'"),
-        ({"method": "svd"}, "`method` .* 'auto', 'conv', 'fft', but got 'svd'"),
+        ({"method": "svd"}, "`method` .* 'auto', 'lags', 'fft', 'conv', but got 'svd'"),
         ({"reduction": "max"}, "`reduction` .* 'sum', 'mean'"),
         ({"on_impossible": "warn"}, "`on_impossible` .* 'raise', 'skip'"),
         ({"scale_target": 0}, "`scale_target` .* positive number, but got 0"),

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.profiler import ProfilerActivity, profile
 
 from fulgurite_plugins.reparametrization.weight_compander import (
     Compander,
@@ -102,6 +104,65 @@ def test_backward_keeps_the_free_tensor_alone():
         compand(v, torch.tensor([1.3], dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64))
     large = [tensor for tensor in kept if tensor.numel() > 1]
     assert [tensor.data_ptr() for tensor in large] == [v.data_ptr()]
+
+
+def test_backward_keeps_the_weights_too_where_the_amplitude_is_learned():
+    v, a = free().requires_grad_(), torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        w = compand(v, a, torch.tensor([0.7], dtype=torch.float64))
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() > 1}
+    assert large == {v.data_ptr(), w.data_ptr()}
+
+
+def allocated(function: Callable[[], object]) -> int:
+    """Bytes that the operations of a call allocate, whether or not they are freed again."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        function()
+    return sum(max(0, event.self_cpu_memory_usage) for event in found.events())
+
+
+def test_one_new_tensor_forward_and_one_backward():
+    v, upstream = torch.randn(100_000, requires_grad=True), torch.randn(100_000)
+    before = v.detach().clone(), upstream.clone()
+    a, b = torch.tensor([1.3]), torch.tensor([0.7])
+    w = compand(v, a, b)
+    size = v.numel() * v.element_size()
+    assert size <= allocated(lambda: compand(v, a, b)) < 1.01 * size
+    assert size <= allocated(lambda: torch.autograd.grad(w, v, upstream)) < 1.01 * size
+    assert torch.equal(v, before[0])
+    assert torch.equal(upstream, before[1])  # it may belong to somebody else
+
+
+@pytest.mark.parametrize("fn", NAMES)
+def test_every_argument_can_be_batched_alone(fn):
+    """What is computed in place has to have room for the batch, whichever argument brings it."""
+    v, others = free(5), (torch.tensor([1.3], dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64))
+    for place in range(3):
+        arguments = [v, *others]
+        arguments[place] = torch.stack([arguments[place], 2 * arguments[place]])
+        places = tuple(0 if i == place else None for i in range(3))
+
+        def slope(*x: Tensor) -> Tensor:
+            return grad(lambda v: compand(v, *x[1:], fn).sum())(x[0])
+
+        def value(*x: Tensor) -> Tensor:
+            return compand(*x, fn)
+
+        for function in (value, slope):
+            one_by_one = [function(*(x[i] if j == place else x for j, x in enumerate(arguments))) for i in range(2)]
+            torch.testing.assert_close(vmap(function, places)(*arguments), torch.stack(one_by_one))
+
+
+def test_widths_whose_square_float32_does_not_hold_are_refused():
+    for b in (1e-18, 1e18):
+        v = torch.tensor([0.0, b], requires_grad=True)
+        (slope,) = torch.autograd.grad(compand(v, b, b).sum(), v)
+        torch.testing.assert_close(slope, torch.tensor([1.0, 0.5]))
+    for b in (1e-19, 1e19):
+        for call in (lambda b: compand(torch.ones(2), 1.0, b), lambda b: Compander(1.0, b)):
+            with pytest.raises(ValueError, match=r"`b` of [Cc]ompand(er)? to be between 1e-18 and 1e18"):
+                call(b)
 
 
 def test_half_precision_is_computed_in_float32():

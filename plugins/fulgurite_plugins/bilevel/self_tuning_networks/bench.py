@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fulgurite.bench import (
@@ -17,12 +16,13 @@ from fulgurite.bench import (
     Block,
     Callbacks,
     Case,
-    Classifier,
     Target,
     Training,
     batches,
     calls,
+    convolutional,
     device,
+    perceptron,
     trainers,
     training_memory,
 )
@@ -52,30 +52,8 @@ _VARIANTS: dict[str, Callbacks] = {
 }
 
 
-class _Perceptron(Classifier):
-    """A perceptron of a million parameters with dropout."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1))
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise((784, 800, 460)):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(0.1)]
-        self.network = nn.Sequential(*layers, nn.Linear(460, 100))
-
-
-class _ConvNet(Classifier):
-    """A convolutional network of a million parameters with dropout, for images of 16x16 pixels given as rows."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1))
-        layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
-        for inputs, outputs in pairwise((3, 64, 128, 256, 256)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.1)]
-        self.network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 100))
-
-
 def _perceptron() -> Training:
-    return Training(_Perceptron, batches(20_000, 784, 100, _BATCH), cycle=2)
+    return Training(lambda: perceptron(100, dropout=0.1), batches(20_000, 784, 100, _BATCH), cycle=2)
 
 
 def _perceptron_steps() -> Mapping[str, Block]:
@@ -83,7 +61,8 @@ def _perceptron_steps() -> Mapping[str, Block]:
 
 
 def _convolutional_steps() -> Mapping[str, Block]:
-    return trainers(Training(_ConvNet, batches(10 * _BATCH, 768, 100, _BATCH), steps=2, cycle=2), _VARIANTS)
+    loader = batches(10 * _BATCH, 768, 100, _BATCH)
+    return trainers(Training(lambda: convolutional(100, dropout=0.1), loader, steps=2, cycle=2), _VARIANTS)
 
 
 def _memory() -> Mapping[str, Block]:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from fulgurite.bench import (
@@ -22,7 +21,9 @@ from fulgurite.bench import (
     Training,
     batches,
     calls,
+    convolutional,
     device,
+    perceptron,
     trainers,
 )
 from fulgurite_plugins.data_selection.data_diet.bench_gradients import GRADIENT_CASES
@@ -40,21 +41,17 @@ _VARIANTS: dict[str, Callbacks] = {
 }
 
 
-class _ConvNet(Classifier):
-    """A convolutional network of 400 000 parameters, for images of 16x16 pixels given as rows."""
+def _perceptron() -> Classifier:
+    return perceptron(_CLASSES)
 
-    def __init__(self) -> None:
-        super().__init__((1, 1))
-        layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
-        for inputs, outputs in pairwise((3, 64, 128, 256)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, _CLASSES))
+
+def _conv_net() -> Classifier:
+    """A convolutional network of 400 000 parameters."""
+    return convolutional(_CLASSES, channels=(64, 128, 256))
 
 
 def _steps() -> Mapping[str, Block]:
-    return trainers(
-        Training(lambda: Classifier((784, 800, 460, _CLASSES)), batches(20_000, 784, _CLASSES, _BATCH)), _VARIANTS
-    )
+    return trainers(Training(_perceptron, batches(20_000, 784, _CLASSES, _BATCH)), _VARIANTS)
 
 
 def _scoring(make: Callable[[], Classifier], features: int, examples: int) -> Mapping[str, Block]:
@@ -89,28 +86,20 @@ def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(loader.dataset, _BATCH, collate_fn=loader.collate_fn)
 
 
-def _perceptron() -> Mapping[str, Block]:
-    return _scoring(lambda: Classifier((784, 800, 460, _CLASSES)), 784, 10_000)
-
-
-def _convolutional() -> Mapping[str, Block]:
-    return _scoring(_ConvNet, 768, 640)
-
-
 _NO_DEARER = (Target("EL2N of ScoreExamples", "ratio", at_most=1.25),)
 
 BENCH = Bench(
     cases=(
         Case(
             name="EL2N of 10,000 examples beside a forward pass over them (perceptron of a million parameters)",
-            blocks=_perceptron,
+            blocks=functools.partial(_scoring, _perceptron, 784, 10_000),
             reference=_FORWARD,
             targets=_NO_DEARER,
             rounds=30,
         ),
         Case(
             name="EL2N of 640 examples beside a forward pass over them (convolutional network of 400 000 parameters)",
-            blocks=_convolutional,
+            blocks=functools.partial(_scoring, _conv_net, 768, 640),
             reference=_FORWARD,
             targets=_NO_DEARER,
             rounds=20,

@@ -44,13 +44,15 @@ def run(argv: list[str]) -> int:
     save_scores(out, scores)
     records = _sweep(console, config, arguments, out, scores) if arguments.keep else []
     from fulgurite_plugins.data_selection.data_diet.report import write_report
+    from fulgurite_plugins.data_selection.data_diet.summary import printed
 
     facts = {
         "command": shlex.join(["fulgurite", "score", *argv]),
         "configuration": str(arguments.config or _EXAMPLE),
         **{name: str(scores.provenance.get(name)) for name in ("fulgurite", "torch")},
     }
-    page = write_report(out.with_suffix(".html"), config, scores, parts, records, facts)
+    page = out.with_suffix(".html")
+    console.print(printed(write_report(page, config, scores, parts, records, facts)))
     for path in (out, page):
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
     return 0
@@ -60,8 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fulgurite score",
         description="Train your configuration from several seeds, score every training example a few epochs into training, "
-        "and write the mean of the scores and a report. Prune with it: PruneTrainingSet(source=FILE). After an interruption "
-        "the same command goes on.",
+        "and write the mean of the scores and a report: how far runs agree, how the scores rank beside each other, and how "
+        "well they find wrong labels, where the datamodule knows them. Prune with it: PruneTrainingSet(source=FILE). After "
+        "an interruption the same command goes on.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="what `fulgurite fit` takes; by default an example")
     parser.add_argument("--runs", type=_positive, default=10, metavar="R", help="initialisations (default: 10)")

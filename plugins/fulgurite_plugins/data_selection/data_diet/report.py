@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report on scores: one HTML page that opens offline, and its pictures as PNG."""
+"""The report on scores: one HTML page that opens offline, its pictures as PNG, and its table as CSV."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from fulgurite.cli.train import assemble
-from fulgurite.experiment.worker import quiet
+from fulgurite.experiment.worker import quiet as without_output
 from fulgurite.files import write_whole
+from fulgurite.quiet import quiet
 from fulgurite.records import RunRecord
 from fulgurite.report.pictures import png
 from fulgurite_plugins.data_selection.data_diet import pictures
 from fulgurite_plugins.data_selection.data_diet.files import Scores, check_same_data, describe_dataset
 from fulgurite_plugins.data_selection.data_diet.intervention import wrong_labels
-from fulgurite_plugins.data_selection.data_diet.statistics import auc, precision_and_recall, rank_agreement
+from fulgurite_plugins.data_selection.data_diet.summary import Row, as_csv, cells, summarise
 
 _SHOWN = 12
 """Examples of each kind in pictures and lists."""
@@ -34,8 +34,8 @@ def write_report(
     parts: Sequence[Scores],
     records: Sequence[RunRecord],
     facts: Mapping[str, str],
-) -> Path:
-    """Write the page, and beside it a PNG of each picture; return the page's path.
+) -> list[Row]:
+    """Write the page, and beside it a PNG of each picture and the table as CSV; return the table.
 
     Args:
         page: The HTML file.
@@ -65,10 +65,12 @@ def write_report(
             content = png(figure, 130)
             write_whole(page.with_name(f"{page.stem}-{name}.png"), content)
             images[caption] = base64.b64encode(content).decode()
+    rows = summarise(scores, parts, wrong)
+    write_whole(page.with_name(f"{page.stem}-summary.csv"), as_csv(rows))
     context = {
         "title": f"Scores of {len(dataset)} training examples",
         "images": images,
-        "summary": _summary(scores, parts, wrong),
+        "summary": cells(rows),
         "wrong": None if wrong is None else int(wrong.sum()),
         "lists": {name: _extremes(values, scores.targets) for name, values in scores.values.items()},
         "runs": len(parts),
@@ -79,31 +81,17 @@ def write_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     write_whole(page, environment.get_template("report.html").render(context))
-    return page
+    return rows
 
 
 def _training_data(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    with tempfile.TemporaryDirectory() as work:
-        cli = assemble(quiet(config, Path(work)), seed=0)
+    with quiet(), tempfile.TemporaryDirectory() as work:
+        cli = assemble(without_output(config, Path(work)), seed=0)
     owner = cli.datamodule if cli.datamodule is not None else cli.model
     if cli.datamodule is not None:
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
     return owner.train_dataloader().dataset, cli.datamodule
-
-
-def _summary(scores: Scores, parts: Sequence[Scores], wrong: Tensor | None) -> list[dict[str, Any]]:
-    """Return a row per score: how far runs agree, how it ranks beside the first, what it finds."""
-    rows = []
-    first = next(iter(scores.values.values()))
-    for name, values in scores.values.items():
-        single, halves = rank_agreement([part.values[name] for part in parts])
-        row = {"name": name, "single": single, "halves": halves, "first": float(spearmanr(values, first).statistic)}
-        if wrong is not None and bool(wrong.any()):
-            precision, recall = precision_and_recall(values, wrong, int(wrong.sum()))
-            row |= {"auc": auc(values, wrong), "precision": precision, "recall": recall}
-        rows.append(row)
-    return rows
 
 
 def _extremes(values: Tensor, targets: Tensor | None) -> dict[str, list[tuple[int, float, int | None]]]:

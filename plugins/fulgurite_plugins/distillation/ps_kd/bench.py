@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fulgurite.bench import (
     Bench,
     Block,
     Callbacks,
     Case,
-    Classifier,
     Target,
     Training,
     batches,
     calls,
+    convolutional,
     device,
+    perceptron,
     trainers,
     training_memory,
 )
@@ -42,18 +42,7 @@ _VARIANTS: dict[str, Callbacks] = {
 
 def _training(classes: int) -> Training:
     """A perceptron of a million parameters; timing begins in the second epoch, from which on targets are refined."""
-    return Training(lambda: Classifier((784, 800, 460, classes)), batches(_N, 784, classes, _BATCH))
-
-
-class _ConvNet(Classifier):
-    """A convolutional network of a million parameters, for images of 16x16 pixels given as rows."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1))
-        layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
-        for inputs, outputs in pairwise((3, 64, 128, 256, 256)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 100))
+    return Training(functools.partial(perceptron, classes), batches(_N, 784, classes, _BATCH))
 
 
 def _steps(classes: int) -> Mapping[str, Block]:
@@ -61,7 +50,8 @@ def _steps(classes: int) -> Mapping[str, Block]:
 
 
 def _convolutional_steps() -> Mapping[str, Block]:
-    return trainers(Training(_ConvNet, batches(5 * _BATCH, 768, 100, _BATCH), steps=2), _VARIANTS)
+    training = Training(functools.partial(convolutional, 100), batches(5 * _BATCH, 768, 100, _BATCH), steps=2)
+    return trainers(training, _VARIANTS)
 
 
 def _memory(classes: int) -> Mapping[str, Block]:

@@ -39,20 +39,17 @@ _VARIANTS: dict[str, Callbacks] = {
 }
 
 
-class _ConvNet(Classifier):
-    """Four convolutions (3 to 32, 64, 128, 128 channels) and a linear layer, for images of 16x16 pixels given as rows."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1))
-        layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
-        for inputs, outputs in pairwise((3, 32, 64, 128, 128)):
-            stride = 2 if inputs > 3 else 1
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="circular"), nn.ReLU()]
-        self.network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 100))
+def _network() -> Classifier:
+    """Return four convolutions (3 to 32, 64, 128, 128 channels) and a linear layer, for 16x16 pixels given as rows."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
+    for inputs, outputs in pairwise((3, 32, 64, 128, 128)):
+        stride = 2 if inputs > 3 else 1
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="circular"), nn.ReLU()]
+    return Classifier(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 100)))
 
 
 def _steps() -> Mapping[str, Block]:
-    return trainers(Training(_ConvNet, batches(5 * _BATCH, 768, 100, _BATCH), steps=4), _VARIANTS)
+    return trainers(Training(_network, batches(5 * _BATCH, 768, 100, _BATCH), steps=4), _VARIANTS)
 
 
 def _kernel(*shape: int) -> Tensor:
@@ -85,6 +82,8 @@ def _forms(stride: int, *shape: int) -> Mapping[str, Block]:
     return calls(
         {
             "lorth": _with_gradient(lambda w: lorth(w, stride), weight),
+            "lorth(method='lags')": _with_gradient(lambda w: lorth(w, stride, method="lags"), weight),
+            "lorth(method='fft')": _with_gradient(lambda w: lorth(w, stride, method="fft"), weight),
             "lorth(method='conv')": _with_gradient(lambda w: lorth(w, stride, method="conv"), weight),
             "conv2d(K, K) - target": _with_gradient(lambda w: _direct(w, stride), weight),
         }

@@ -11,7 +11,8 @@ r"""The regularizer of Achour, Malgouyres, Mamalet (2022), Orthogonal Convolutio
 
 A convolution with stride $S$ on $C$ channels is one with stride 1 on the $C S^n$ channels that pixel-unshuffle makes,
 and its kernel has $k' = \lceil k / S \rceil$ taps per axis. In the row case ($M \le C S^n$) the filters are the rows of
-$W$, in the column case its channels are: the smaller side. With the lags $d$ from $1 - k'$ to $k' - 1$,
+$W$, in the column case its channels are: the smaller side. In the row case the filters of $K$ itself, at lags that are
+multiples of $S$, have the same correlations. With the lags $d$ from $1 - k'$ to $k' - 1$,
 
 $$L_\text{orth}(K) = \sum_d \lVert R_d - [d = 0] I \rVert_F^2, \qquad R_d = \sum_u W_u W_{u+d}^T.$$
 
@@ -21,17 +22,21 @@ $M - C S^n$ is the same number, but a small difference of large ones.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Method = Literal["auto", "conv", "fft"]
+from fulgurite_plugins.reparametrization.orthogonal_convolutions.correlation import (
+    AtFrequencies,
+    AtLags,
+    squared_residuals,
+)
+
+Method = Literal["auto", "lags", "fft", "conv"]
 
 
 def lorth(
@@ -55,8 +60,9 @@ def lorth(
         groups: Groups; their values are added.
         transposed: Whether `weight` belongs to a transposed convolution, `[C, M / groups, *k]`. That is the adjoint of the
             convolution with this very kernel, so that the value is the same.
-        method: `"fft"`: the rows at the frequencies of the smallest grid that is exact, by real matrix products. `"conv"`:
-            the kernel convolved with itself. `"auto"`: `"fft"`, which is the faster one but for the smallest kernels.
+        method: `"lags"`: a matrix product of the taps that meet for each lag. `"fft"`: the rows at the frequencies of the
+            smallest grid that is exact, by real matrix products. `"auto"`: of these two, which takes fewer
+            multiplications with the gradient. `"conv"`: the kernel convolved with itself.
 
     Returns:
         A scalar, at least in float32.
@@ -68,7 +74,53 @@ def lorth(
         >>> lorth(torch.eye(4).view(4, 4, 1, 1))
         tensor(0.)
     """
-    return residual(polyphase_rows(weight, stride, dilation, groups), method).sum()
+    return residual(*correlated_rows(weight, stride, dilation, groups, method), method=method).sum()
+
+
+class Correlated(NamedTuple):
+    """Rows whose correlations at lags that are multiples of a step are to be zero.
+
+    Args:
+        rows: `[G, R, Q, *k]`.
+        step: Step between lags per axis.
+    """
+
+    rows: Tensor
+    step: tuple[int, ...]
+
+
+def correlated_rows(
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    method: Method = "auto",
+) -> Correlated:
+    """Return the rows from which `residual` computes the regularizer of a kernel by a method.
+
+    They are the polyphase rows; but in the row case with a stride the filters as they are, correlated at multiples of the
+    stride, if that takes fewer multiplications: the polyphase kernel is padded with zeros.
+
+    Args:
+        weight: Kernel `[M, C / groups, *k]`.
+        stride: Stride, one number or one per axis.
+        dilation: Dilation, one number or one per axis.
+        groups: Groups.
+        method: As for `lorth`.
+
+    Raises:
+        ValueError: If the arguments do not fit the kernel.
+    """
+    kernel, strides = _with_stuffing(weight, stride, dilation, groups)
+    filters, channels = len(kernel) // groups, kernel.shape[1]
+    depth = channels * math.prod(strides)
+    if any(s > 1 for s in strides) and filters <= depth and method in ("auto", "lags"):
+        size = tuple(kernel.shape[2:])
+        frequencies = AtFrequencies(tuple(-(-k // s) for k, s in zip(size, strides, strict=True)))
+        cost = AtLags(size, strides).cost(filters, channels)
+        if method == "lags" or cost < frequencies.cost(filters, depth):
+            return Correlated(kernel.reshape(groups, filters, channels, *size), strides)
+    return Correlated(_smaller_side(_polyphase(kernel, strides, groups)), (1,) * len(strides))
 
 
 def kernel_rows(weight: Tensor, groups: int = 1) -> Tensor:
@@ -131,24 +183,16 @@ def polyphase_rows(
     Raises:
         ValueError: If the arguments do not fit the kernel.
     """
-    weight = as_kernel(weight)
-    axes = weight.ndim - 2
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"Expected `groups` to divide the {weight.shape[0]} filters of `weight`, but got {groups!r}.")
-    strides = per_axis("stride", stride, axes)
-    dilations = [d if s > 1 else 1 for d, s in zip(per_axis("dilation", dilation, axes), strides, strict=True)]
-    kernel = stuffed(_at_least_float32(weight), dilations)
-    if any(s > 1 for s in strides):
-        kernel = _unshuffled(kernel, strides)
-    kernel = kernel.reshape(groups, weight.shape[0] // groups, *kernel.shape[1:])
-    return _smaller_side(kernel) if smaller_side else kernel
+    rows = _polyphase(*_with_stuffing(weight, stride, dilation, groups), groups)
+    return _smaller_side(rows) if smaller_side else rows
 
 
-def residual(rows: Tensor, method: Method = "auto") -> Tensor:
+def residual(rows: Tensor, step: Sequence[int] | None = None, method: Method = "auto") -> Tensor:
     r"""Return $\sum_d \lVert R_d - [d = 0] I \rVert_F^2$ of each group of rows, without making the target.
 
     Args:
-        rows: `[G, R, Q, *k]`, filters of stride 1.
+        rows: `[G, R, Q, *k]`.
+        step: Step between lags per axis; None for all lags. With a step it is computed at lags, whatever the method.
         method: As for `lorth`.
 
     Returns:
@@ -161,32 +205,25 @@ def residual(rows: Tensor, method: Method = "auto") -> Tensor:
         raise ValueError(
             f"Expected `method` to be one of {', '.join(map(repr, get_args(Method)))}, but got {method!r}."
         )
-    kernel = rows.shape[3:]
-    if math.prod(kernel) == 1:
-        return _squares(_minus_identity(rows.flatten(2) @ rows.flatten(2).mT))
-    if method == "conv":
+    kernel = tuple(rows.shape[3:])
+    if step is not None and any(s > 1 for s in step):
+        return squared_residuals(rows, AtLags(kernel, tuple(step)))
+    if method == "conv" and math.prod(kernel) > 1:
         lags = _self_convolution(rows, padding=[k - 1 for k in kernel])
         lags[_at(k - 1 for k in kernel)].diagonal(dim1=1, dim2=2).sub_(1.0)
-        return _squares(lags)
-    return _residual_at_frequencies(rows)
+        return lags.flatten(1).square().sum(dim=1)
+    return squared_residuals(rows, _form(rows, method))
 
 
-def frequency_response(rows: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return the matrices $A_f = \sum_u W_u e^{-2 \pi i f u / N}$ at one of each pair of opposite frequencies of a grid.
-
-    Their singular values are those of the convolution on inputs of $S N$ positions.
-
-    Args:
-        rows: `[G, R, Q, *k]`.
-        grid: Frequencies $N$ per axis.
-
-    Returns:
-        Real part and imaginary part `[F, G, R, Q]`, and how many frequencies each stands for, 1 or 2 `[F]`.
-    """
-    cosine, sine, count = _fourier(tuple(rows.shape[3:]), tuple(grid), rows.dtype, rows.device)
-    taps = rows.flatten(3).flatten(0, 2).mT
-    size = (len(count), *rows.shape[:3])
-    return (cosine @ taps).view(size), (sine @ taps).view(size), count
+def _form(rows: Tensor, method: Method) -> AtLags | AtFrequencies:
+    kernel = tuple(rows.shape[3:])
+    lags, frequencies = AtLags(kernel, (1,) * len(kernel)), AtFrequencies(kernel)
+    if math.prod(kernel) == 1 or method == "lags":
+        return lags
+    if method == "fft":
+        return frequencies
+    forms: tuple[AtLags | AtFrequencies, ...] = (lags, frequencies)
+    return min(forms, key=lambda form: form.cost(rows.shape[1], rows.shape[2]))
 
 
 def stuffed(weight: Tensor, dilation: Sequence[int]) -> Tensor:
@@ -225,31 +262,6 @@ def per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...
     return values
 
 
-def _residual_at_frequencies(rows: Tensor) -> Tensor:
-    """By Parseval, the mean over 2k - 1 frequencies per axis, where no two lags fall together."""
-    grid = [2 * k - 1 for k in rows.shape[3:]]
-    real, imaginary, count = frequency_response(rows, grid)
-    both = torch.cat([real, imaginary], dim=-1)
-    half = imaginary @ real.mT
-    squares = _squares(_minus_identity(both @ both.mT), 2) + _squares(half - half.mT, 2)
-    return (count / math.prod(grid)) @ squares
-
-
-@functools.lru_cache(maxsize=64)
-def _fourier(
-    kernel: tuple[int, ...], grid: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        every = itertools.product(*map(range, grid))
-        chosen = [f for f in every if f <= tuple(-i % n for i, n in zip(f, grid, strict=True))]
-        alone = [all(2 * i % n == 0 for i, n in zip(f, grid, strict=True)) for f in chosen]
-        turns = torch.tensor(chosen, dtype=torch.float64) / torch.tensor(grid, dtype=torch.float64)
-        taps = torch.tensor([*itertools.product(*map(range, kernel))], dtype=torch.float64)
-        angles = 2 * math.pi * (turns @ taps.mT)
-        count = 2.0 - torch.tensor(alone, dtype=torch.float64)
-        return tuple(t.to(device, dtype) for t in (angles.cos(), -angles.sin(), count))  # type: ignore[return-value]
-
-
 def _self_convolution(kernel: Tensor, padding: list[int], stride: Sequence[int] = (1,)) -> Tensor:
     """Convolve each of `[G, R, Q, *k]` with itself, the rows being images with Q channels: `[G, R, R, *lags]`."""
     groups, rows = kernel.shape[:2]
@@ -259,16 +271,31 @@ def _self_convolution(kernel: Tensor, padding: list[int], stride: Sequence[int] 
     return lags.unflatten(1, (groups, rows)).transpose(0, 1)
 
 
-def _unshuffled(kernel: Tensor, strides: Sequence[int]) -> Tensor:
-    """Split the taps `[M, C, *k]` by their remainders: `[M, C S^n, *k']`, padded with zeros."""
+def _with_stuffing(
+    weight: Tensor, stride: int | Sequence[int], dilation: int | Sequence[int], groups: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the kernel `[M, C, *k]` with the zeros of its dilation, in float32 or better, and the stride per axis."""
+    weight = as_kernel(weight)
+    axes = weight.ndim - 2
+    if groups < 1 or len(weight) % groups:
+        raise ValueError(f"Expected `groups` to divide the {len(weight)} filters of `weight`, but got {groups!r}.")
+    strides = per_axis("stride", stride, axes)
+    dilations = [d if s > 1 else 1 for d, s in zip(per_axis("dilation", dilation, axes), strides, strict=True)]
+    return stuffed(_at_least_float32(weight), dilations), strides
+
+
+def _polyphase(kernel: Tensor, strides: Sequence[int], groups: int) -> Tensor:
+    """Return the taps `[M, C, *k]` split by their remainders, `[G, M / G, C S^n, *k']`, padded with zeros."""
     axes = len(strides)
-    padding = [-k % s for k, s in zip(kernel.shape[2:], strides, strict=True)]
-    padded = F.pad(kernel, [p for pad in reversed(padding) for p in (0, pad)])
-    split = padded.reshape(
-        *kernel.shape[:2], *(x for k, s in zip(padded.shape[2:], strides, strict=True) for x in (k // s, s))
-    )
-    remainders, taps = range(3, 3 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
-    return split.permute(0, 1, *remainders, *taps).flatten(1, 1 + axes)
+    if any(s > 1 for s in strides):
+        padding = [-k % s for k, s in zip(kernel.shape[2:], strides, strict=True)]
+        padded = F.pad(kernel, [p for pad in reversed(padding) for p in (0, pad)])
+        split = padded.reshape(
+            *kernel.shape[:2], *(x for k, s in zip(padded.shape[2:], strides, strict=True) for x in (k // s, s))
+        )
+        remainders, taps = range(3, 3 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
+        kernel = split.permute(0, 1, *remainders, *taps).flatten(1, 1 + axes)
+    return kernel.reshape(groups, len(kernel) // groups, *kernel.shape[1:])
 
 
 def _smaller_side(rows: Tensor) -> Tensor:
@@ -278,15 +305,6 @@ def _smaller_side(rows: Tensor) -> Tensor:
 def _at(places: Iterable[int | slice]) -> Any:
     """Return the index of places on the last axes."""
     return (..., *places)
-
-
-def _minus_identity(gram: Tensor) -> Tensor:
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return gram
-
-
-def _squares(tensor: Tensor, start: int = 1) -> Tensor:
-    return tensor.flatten(start).square().sum(dim=start)
 
 
 def _at_least_float32(weight: Tensor) -> Tensor:

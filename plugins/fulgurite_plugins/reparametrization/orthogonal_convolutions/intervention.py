@@ -17,6 +17,7 @@ from fulgurite.errors import RefusedError, check_argument, check_choice, is_numb
 from fulgurite.intervention import Capabilities, Intervention, Step
 from fulgurite.schedule import Schedule
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional import (
+    Correlated,
     Method,
     kernel_rows,
     residual,
@@ -166,12 +167,15 @@ class OrthogonalConvPenalty(Intervention):
             norms = [wang_norm(x.weight() / self.scale_target, x.stride, x.groups) for x in layers]
             return torch.stack(norms).sum()
         if self.variant == "kernel":
-            rows = [kernel_rows(x.weight(), x.groups) for x in layers]
+            found = [Correlated(kernel_rows(x.weight(), x.groups), ()) for x in layers]
         else:
-            rows = [x.rows() for x in layers]
-        alike = itertools.groupby(sorted(rows, key=_shape), key=_shape)
-        batches = [torch.cat([*batch]) for _, batch in alike]
-        return torch.stack([residual(batch / self.scale_target, self.method).sum() for batch in batches]).sum()
+            found = [x.rows(self.method) for x in layers]
+        alike = itertools.groupby(sorted(found, key=_geometry), key=_geometry)
+        totals = []
+        for (_, step), batch in alike:
+            rows = torch.cat([one.rows for one in batch]) / self.scale_target
+            totals.append(residual(rows, step, self.method).sum())
+        return torch.stack(totals).sum()
 
     def _found(self, module: nn.Module) -> list[Layer]:
         return find_layers(module, self.modules, self.include_linear, self.skip_first)
@@ -187,8 +191,8 @@ class OrthogonalConvPenalty(Intervention):
         return [layer for layer in layers if layer not in impossible]
 
 
-def _shape(rows: Tensor) -> tuple[int, ...]:
-    return tuple(rows.shape[1:])
+def _geometry(found: Correlated) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(found.rows.shape[1:]), found.step
 
 
 def _not_negative(weight: Any) -> float:

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from fulgurite.errors import RefusedError, nearest
-from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional import polyphase_rows
+from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional import Correlated, Method, correlated_rows
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.theory import Existence, orthogonal_conv_exists
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -84,9 +84,9 @@ class Layer:
         weight: Tensor = self.module.weight if found is None else found
         return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
-    def rows(self) -> Tensor:
-        """Return the polyphase rows `[G, R, Q, *k']` of the weight."""
-        return polyphase_rows(self.weight(), self.stride, self.dilation, self.groups)
+    def rows(self, method: Method) -> Correlated:
+        """Return the rows whose correlations make the regularizer of the weight."""
+        return correlated_rows(self.weight(), self.stride, self.dilation, self.groups, method)
 
     @property
     def learns(self) -> bool:

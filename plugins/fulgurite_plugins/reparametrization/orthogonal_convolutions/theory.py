@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fulgurite_plugins.reparametrization.orthogonal_convolutions.correlation import frequency_response
 from fulgurite_plugins.reparametrization.orthogonal_convolutions.functional import (
     as_kernel,
-    frequency_response,
     per_axis,
     polyphase_rows,
     residual,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,9 @@ from fulgurite.bench import (
     Training,
     batches,
     calls,
+    convolutional,
     device,
+    perceptron,
     trainers,
     training_memory,
 )
@@ -56,23 +57,12 @@ _VARIANTS: dict[str, Callbacks] = {
 }
 
 
-class _ConvNet(Classifier):
-    """A convolutional network of a million parameters, for images of 16x16 pixels given as rows."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1))
-        layers: list[nn.Module] = [nn.Unflatten(1, (3, 16, 16))]
-        for inputs, outputs in pairwise((3, 64, 128, 256, 256)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 100))
-
-
 def _perceptron() -> Training:
-    return Training(lambda: Classifier((784, 800, 460, 10)), batches(20_000, 784, 10, _BATCH))
+    return Training(lambda: perceptron(10), batches(20_000, 784, 10, _BATCH))
 
 
 def _convolutional() -> Training:
-    return Training(_ConvNet, batches(5 * _BATCH, 768, 100, _BATCH), steps=2)
+    return Training(lambda: convolutional(100), batches(5 * _BATCH, 768, 100, _BATCH), steps=2)
 
 
 def _steps(training: Callable[[], Training], reference: str) -> Mapping[str, Block]:
@@ -91,15 +81,17 @@ def _evaluations() -> Mapping[str, Block]:
     weights = [torch.randn(64, 64, 3, 3, generator=generator).to(device()).requires_grad_() for _ in range(30)]
     companders = [Compander(1.2, 1.2).to(device()) for _ in weights]
     pairs = list(zip(weights, companders, strict=True))
+    plain = [weight.detach() for weight in weights]
 
     def run(make: Callable[[], list[Tensor]]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(make(), weights, [weight.detach() for weight in weights])
+        return lambda: torch.autograd.grad(make(), weights, plain)
 
     return calls(
         {
             "Compander": run(lambda: [compander(v) for v, compander in pairs]),
             "a * atan(v / b) by autograd": run(lambda: [c.a * torch.atan(v / c.b) for v, c in pairs]),
             "by autograd, foreach": run(lambda: _foreach(weights)),
+            "torch.atan alone, forward": lambda: [torch.atan(v) for v in plain],
             "floats read in every step": run(lambda: [compand(v, float(c.a), float(c.b)) for v, c in pairs]),
         }
     )

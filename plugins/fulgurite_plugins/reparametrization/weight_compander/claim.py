@@ -88,6 +88,8 @@ CLAIM = Claim(
         "to have its effect.",
         "Clipping at 1.2 standard deviations stands beside it, to show what the bound alone does.",
         "On clean labels a cost in accuracy is expected.",
+        "Fixed and learned amplitudes begin at the same value, so that the difference of theirs (the measure `a`) is what "
+        "learning has made of it.",
     ),
     measures=(
         "test/error",
@@ -95,5 +97,6 @@ CLAIM = Claim(
         f"{_MIDDLE}/kurtosis",
         f"{_MIDDLE}/near_zero",
         f"{_MIDDLE}/peak",
+        f"{_MIDDLE}/a",
     ),
 )

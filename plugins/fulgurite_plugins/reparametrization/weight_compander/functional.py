@@ -73,6 +73,18 @@ class Companding:
         """Return the function's values `[...]` at `x` `[...]`."""
         return self.function(x)
 
+    def at_ratio(self, v: Tensor, b: Tensor) -> Tensor:
+        """Return the values at `v / b`, `[...]`, as a new tensor."""
+        return self.function(v / b)
+
+    def slope(self, v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slope in `v` of the values at `v / b` as two factors: a new tensor `[...]`, and one of `b`'s shape."""
+        x = v / b
+        if self.derivative is not None:
+            return self.derivative(x), b.reciprocal()
+        slope: Tensor = torch.func.jvp(self.function, (x,), (torch.ones_like(x),))[1]
+        return slope, b.reciprocal()
+
     def bound(self, a: float) -> float:
         """Return the bound of the weights of amplitude `a`."""
         return a * self.limit
@@ -83,8 +95,28 @@ def _expect(condition: bool, name: str, expected: str, found: str = "one that is
         raise ValueError(f"Expected `{name}` of Companding to be {expected}, but got {found}.")
 
 
+class _Arctan(Companding):
+    """The method's function, in fewer passes over the weights than by way of `v / b`."""
+
+    def at_ratio(self, v: Tensor, b: Tensor) -> Tensor:
+        return torch.atan2(v, b)
+
+    def slope(self, v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.addcmul(b * b, v, v).reciprocal_(), b
+
+
+class _Softsign(Companding):
+    """The cheapest of them, likewise."""
+
+    def at_ratio(self, v: Tensor, b: Tensor) -> Tensor:
+        return v / (v.abs() + b)
+
+    def slope(self, v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return (v.abs() + b).pow(-2), b
+
+
 def _arctan_slope(x: Tensor) -> Tensor:
-    return torch.addcmul(x.new_ones(()), x, x).reciprocal_()
+    return (1 + x.square()).reciprocal()
 
 
 def _tanh_slope(x: Tensor) -> Tensor:
@@ -100,13 +132,13 @@ def _softsign_inverse(y: Tensor) -> Tensor:
 
 
 def _softsign_slope(x: Tensor) -> Tensor:
-    return (1 + x.abs()).square().reciprocal()
+    return (1 + x.abs()).pow(-2)
 
 
 FUNCTIONS = {
-    "arctan": Companding(torch.atan, math.pi / 2, torch.tan, _arctan_slope),
+    "arctan": _Arctan(torch.atan, math.pi / 2, torch.tan, _arctan_slope),
     "tanh": Companding(torch.tanh, 1.0, torch.atanh, _tanh_slope),
-    "softsign": Companding(_softsign, 1.0, _softsign_inverse, _softsign_slope),
+    "softsign": _Softsign(_softsign, 1.0, _softsign_inverse, _softsign_slope),
 }
 """The functions that have a name. `arctan` is the method's."""
 
@@ -136,14 +168,15 @@ def compand(v: Tensor, a: float | Tensor, b: float | Tensor, fn: str | Compandin
     Args:
         v: Free tensor `[...]`.
         a: Amplitude, positive; a number, or a tensor that broadcasts to `v`.
-        b: Width, positive; a number, or a tensor that broadcasts to `v`.
+        b: Width, from 1e-18 to 1e18; a number, or a tensor that broadcasts to `v`.
         fn: The companding function.
 
     Returns:
         Weights `[...]`, strictly within the bound up to rounding.
 
     Raises:
-        ValueError: If `a` or `b` is a number that is not positive and finite, or `fn` is not known.
+        ValueError: If `a` is a number that is not positive and finite, `b` one that is not between 1e-18 and 1e18, or `fn`
+            is not known.
 
     Example:
         >>> compand(torch.tensor([0.0, 1.0, 1e9]), a=2.0, b=1.0)
@@ -164,14 +197,15 @@ def expand(w: Tensor, a: float | Tensor, b: float | Tensor, fn: str | Companding
     Args:
         w: Weights `[...]`.
         a: Amplitude, positive; a number, or a tensor that broadcasts to `w`.
-        b: Width, positive; a number, or a tensor that broadcasts to `w`.
+        b: Width, from 1e-18 to 1e18; a number, or a tensor that broadcasts to `w`.
         fn: The companding function; it must have an inverse.
 
     Returns:
         Free tensor `[...]`.
 
     Raises:
-        ValueError: If `a` or `b` is a number that is not positive and finite, or `fn` is not known or has no inverse.
+        ValueError: If `a` is a number that is not positive and finite, `b` one that is not between 1e-18 and 1e18, or `fn`
+            is not known or has no inverse.
 
     Example:
         >>> expand(compand(torch.tensor([0.3, -2.0]), a=2.0, b=1.0), a=2.0, b=1.0)
@@ -193,28 +227,23 @@ def compand_grad_scale(v: Tensor, a: float | Tensor, b: float | Tensor, fn: str 
     Args:
         v: Free tensor `[...]`.
         a: Amplitude, positive; a number, or a tensor that broadcasts to `v`.
-        b: Width, positive; a number, or a tensor that broadcasts to `v`.
+        b: Width, from 1e-18 to 1e18; a number, or a tensor that broadcasts to `v`.
         fn: The companding function.
 
     Returns:
         The slope `[...]`, positive, `a / b` at zero.
 
     Raises:
-        ValueError: If `a` or `b` is a number that is not positive and finite, or `fn` is not known.
+        ValueError: If `a` is a number that is not positive and finite, `b` one that is not between 1e-18 and 1e18, or `fn`
+            is not known.
 
     Example:
         >>> compand_grad_scale(torch.tensor([0.0, 1.0]), a=2.0, b=1.0)
         tensor([2., 1.])
     """
     x, amplitude, width = _prepared("compand_grad_scale", v, a, b)
-    return (amplitude / width * _slope(companding(fn), x / width)).to(v.dtype)
-
-
-def _slope(chosen: Companding, x: Tensor) -> Tensor:
-    if chosen.derivative is not None:
-        return chosen.derivative(x)
-    slope: Tensor = torch.func.jvp(chosen.function, (x,), (torch.ones_like(x),))[1]
-    return slope
+    slope, factor = companding(fn).slope(x, width)
+    return (slope * (amplitude * factor)).to(v.dtype)
 
 
 def _prepared(owner: str, v: Tensor, a: float | Tensor, b: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +252,7 @@ def _prepared(owner: str, v: Tensor, a: float | Tensor, b: float | Tensor) -> tu
     scalars = []
     for name, value in (("a", a), ("b", b)):
         if not isinstance(value, Tensor):
-            check_positive(owner, name, value)
+            (check_width if name == "b" else check_positive)(owner, name, value)
             value = torch.full((), value, dtype=dtype, device=v.device)
         scalars.append(value.to(dtype))
     return v.to(dtype), scalars[0], scalars[1]
@@ -235,41 +264,54 @@ def check_positive(owner: str, name: str, value: object) -> None:
     check_argument(fits, name, owner, "a positive, finite number", value)
 
 
+def check_width(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a positive number, and its square one that float32 holds."""
+    check_positive(owner, name, value)
+    check_argument(1e-18 <= value <= 1e18, name, owner, "between 1e-18 and 1e18", value)
+
+
 class _Compand(torch.autograd.Function):
-    """Keeps its arguments alone, of which the weights' free tensor is alive anyway."""
+    """Keeps its arguments, of which the free tensor is alive anyway, and the weights if `a` is learned.
+
+    It makes one tensor of the weights' size forward and one backward, and does the rest in place: fresh memory costs more
+    than the arithmetic. Adding zeros to `b` lets that tensor have all dimensions of what it is multiplied by, also those
+    of `torch.vmap`.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(v: Tensor, a: Tensor, b: Tensor, chosen: Companding) -> Tensor:
-        return chosen.function(v / b) * a
+        return chosen.at_ratio(v, b + torch.zeros_like(a)).mul_(a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         v, a, b, ctx.chosen = inputs
-        ctx.save_for_backward(v, a, b)
-        ctx.save_for_forward(v, a, b)
+        weights = output if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(v, a, b, weights)
+        ctx.save_for_forward(v, a, b, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v, a, b = ctx.saved_tensors
+        v, a, b, weights = ctx.saved_tensors
         needs_v, needs_a, needs_b, _ = ctx.needs_input_grad
-        x = v / b
-        grad_v = grad * (a / b * ctx.chosen.derivative(x))
-        grad_a = (grad * ctx.chosen.function(x)).sum_to_size(a.shape) if needs_a else None
-        grad_b = (-grad_v * x).sum_to_size(b.shape) if needs_b else None
+        times = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # a graph of this pass needs what is overwritten
+        slope, factor = ctx.chosen.slope(v, b + torch.zeros_like(a) + grad.new_zeros(()))
+        grad_v = times(times(slope, grad), a * factor)
+        grad_a = (grad * weights).sum_to_size(a.shape) / a if needs_a else None
+        grad_b = (grad_v * v).sum_to_size(b.shape) / -b if needs_b else None
         return grad_v if needs_v else None, grad_a, grad_b, None
 
     @staticmethod
     def jvp(ctx: Any, dv: Tensor | None, da: Tensor | None, db: Tensor | None, _: None) -> Tensor:
-        v, a, b = ctx.saved_tensors
-        x = v / b
-        slope = a / b * ctx.chosen.derivative(x)
-        moved = torch.zeros_like(x)
+        v, a, b, _weights = ctx.saved_tensors
+        slope, factor = ctx.chosen.slope(v, b)
+        slope = slope * (a * factor)
+        moved = torch.zeros_like(slope)
         if dv is not None:
             moved = moved + slope * dv
         if da is not None:
-            moved = moved + ctx.chosen.function(x) * da
+            moved = moved + ctx.chosen.at_ratio(v, b) * da
         if db is not None:
-            moved = moved - slope * x * db
+            moved = moved - slope * (v / b) * db
         return moved

@@ -15,7 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fulgurite.errors import FulguriteError, RefusedError
 from fulgurite.intervention import Capabilities, Intervention
-from fulgurite_plugins.reparametrization.weight_compander.functional import Companding, check_positive, companding
+from fulgurite_plugins.reparametrization.weight_compander.functional import (
+    Companding,
+    check_positive,
+    check_width,
+    companding,
+)
 from fulgurite_plugins.reparametrization.weight_compander.selection import companded, listed, select
 from fulgurite_plugins.reparametrization.weight_compander.surgery import (
     Init,
@@ -47,7 +52,7 @@ class WeightCompander(Intervention):
             convolutional layers in it.
         fn: The companding function: `"arctan"`, `"tanh"`, `"softsign"`, or a `Companding`.
         a: Amplitude; None for the relative rule.
-        b: Width; None for the relative rule.
+        b: Width, from 1e-18 to 1e18; None for the relative rule.
         relative: `a` and `b` as multiples of each tensor's standard deviation when training begins. The default is
             this project's choice.
         learn: Whether `a` and `b` are learned, without weight decay.
@@ -98,7 +103,7 @@ class WeightCompander(Intervention):
         }
         numbers |= {} if a is None else {"a": a, "b": b}
         for name, value in numbers.items():
-            check_positive("WeightCompander", name, value)
+            (check_width if name == "b" else check_positive)("WeightCompander", name, value)
         if init not in get_args(Init):
             raise ValueError(f"Expected `init` of WeightCompander to be 'preserve' or 'direct', but got {init!r}.")
         if init == "preserve" and companding(fn).inverse is None:

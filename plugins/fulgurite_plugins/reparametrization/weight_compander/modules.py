@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fulgurite_plugins.reparametrization.weight_compander.functional import (
     Companding,
     check_positive,
+    check_width,
     compand,
     companding,
     expand,
@@ -32,12 +33,12 @@ class Compander(nn.Module):
 
     Args:
         a: Amplitude, positive: the weights stay below `fn.bound(a)`, for the arctangent $a \pi / 2$.
-        b: Width, positive: the slope at zero is $a / b$.
+        b: Width, from 1e-18 to 1e18: the slope at zero is $a / b$.
         fn: The companding function: `"arctan"`, `"tanh"`, `"softsign"` or a `Companding`.
         learn: Whether `a` and `b` are learned; the values given are where they begin.
 
     Raises:
-        ValueError: If `a` or `b` is not positive and finite, or `fn` is not known.
+        ValueError: If `a` or `b` is not positive and finite, `b` not within these bounds, or `fn` is not known.
 
     Example:
         >>> layer = nn.utils.parametrize.register_parametrization(nn.Linear(3, 2), "weight", Compander(a=1.0, b=1.0))
@@ -64,10 +65,10 @@ class Compander(nn.Module):
         """Return certain values of `a` and `b` as the entries of the state that hold them.
 
         Raises:
-            ValueError: If one of them is not positive and finite.
+            ValueError: If one of them is not positive and finite, or `b` is not between 1e-18 and 1e18.
         """
         check_positive("Compander", "a", a)
-        check_positive("Compander", "b", b)
+        check_width("Compander", "b", b)
         if self.learn:
             return {"log_a": torch.tensor([math.log(a)]), "log_b": torch.tensor([math.log(b)])}
         return {"a": torch.tensor([float(a)]), "b": torch.tensor([float(b)])}
