@@ -110,6 +110,8 @@ def test_a_frozen_parameter_is_no_dimension_and_an_unused_one_is_zero():
     product = operator @ torch.ones(operator.shape[0], dtype=torch.float64)
     assert product[:23].abs().min() > 0
     assert torch.equal(product[23:], torch.zeros(6, dtype=torch.float64))
+    several = operator @ torch.ones(operator.shape[0], 3, dtype=torch.float64)
+    torch.testing.assert_close(several, product.unsqueeze(1).expand(-1, 3))
 
 
 def test_a_linear_loss_has_no_curvature():

@@ -459,3 +459,15 @@ def test_rates_of_parameters_without_optimizer_are_zero() -> None:
         run.fit(module, batches())
     rates = read_rates(run, module)
     assert rates.ratios == {"net.hidden.weight": 1.0, "net.output.weight": 0.0}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_penalty_refuses_a_compiled_model(inside):
+    """The compiler's graphs cannot be differentiated twice: torch would stop in the middle of the first backward pass."""
+    module = Regressor()
+    if inside:
+        module.net.compile(backend="eager")
+    compiled = module if inside else torch.compile(module, backend="eager")
+    with pytest.raises(RefusedError, match="TracePenalty differentiates the model twice, which torch.compile does not"):
+        fit(compiled, [TracePenalty(0.1)], DataLoader(regression_data(), 4), epochs=1)
+    fit(module if inside else Regressor(), [TracePenalty(0.0)], DataLoader(regression_data(), 4), epochs=1)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fulgurite.testing.check import InapplicableError, check, expect
+from fulgurite.errors import RefusedError
+from fulgurite.testing.check import InapplicableError, check, expect, refused
 from fulgurite.testing.lab import Lab, Plain, expect_close
 from fulgurite.testing.processes import on_ranks
 
 
 @check("intervention", quick=False)
-def check_compile(lab: Lab) -> None:
+def check_compile(lab: Lab) -> str | None:
     """With `torch.compile` the method trains otherwise, or causes a new compilation in every step."""
     from torch._dynamo.utils import counters
 
@@ -34,14 +35,20 @@ def check_compile(lab: Lab) -> None:
     counters.clear()
     watch = _Graphs()
     module: Any = torch.compile(lab.module(), backend="aot_eager")
-    with torch._dynamo.config.patch(recompile_limit=64):  # the usual limit of 8 would end the compiling in silence
-        compiled = lab.fit([lab.make(), watch], module=module, **few)
-    torch._dynamo.reset()
+    intervention = lab.make()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):  # the usual limit of 8 would end the compiling in silence
+            compiled = lab.fit([intervention, watch], module=module, **few)
+    except RefusedError as refusal:
+        return refused(intervention, refusal)
+    finally:
+        torch._dynamo.reset()
     expect_close(eager, compiled, "the compiled module trains otherwise", lab.rounding)
     expect(watch.graphs[0] > 0, "nothing was compiled")
     expect(
         watch.graphs[-1] == watch.graphs[1], f"compiled again after the second epoch: graphs per epoch {watch.graphs}"
     )
+    return None
 
 
 class _Graphs(pl.Callback):

@@ -41,11 +41,6 @@ def _exact() -> StabilityMonitor:
     return StabilityMonitor(max_samples=12, quantities=("exact",))
 
 
-_RAISED = dict.fromkeys(
-    ("nothing_left_after_exception", "nothing_left_after_interrupt"),
-    "the error falls in a measurement inside on_train_start, the name of which Lightning leaves on the module "
-    "whichever callback fails there",
-)
 _ONE_BATCH = {
     "odd_batches": "the collate function of the kit makes no batch of the examples that are measured together, which is "
     "refused by name",
@@ -65,8 +60,8 @@ _MODEL = "its first argument is a model, whose precision the kit does not change
 
 CASES = {
     "StabilityMonitor": (  # it never changes anything, and is off when it is on
-        Case(make=_monitor, off=_monitor, observes=True, inapplicable=_RAISED),
-        Case(make=_exact, off=_exact, observes=True, label="exact", inapplicable=_RAISED | _ONE_BATCH),
+        Case(make=_monitor, off=_monitor, observes=True),
+        Case(make=_exact, off=_exact, observes=True, label="exact", inapplicable=_ONE_BATCH),
     ),
     "StableLearningRate": Case(
         make=lambda: StableLearningRate(max_samples=24, warmup_epochs=1),

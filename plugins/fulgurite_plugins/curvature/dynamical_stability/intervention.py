@@ -7,9 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fulgurite.errors import FulguriteError, check_argument, is_number
+from fulgurite import lightning_adapter
+from fulgurite.errors import FulguriteError, RefusedError, check_argument, is_number
 from fulgurite.intervention import Capabilities, Intervention, Step
 from fulgurite.losses import LossCall
 from fulgurite.per_example.recording import at_least_float32
@@ -51,7 +52,17 @@ class TracePenalty(Intervention):
         self._drawn = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget what another training has left."""
+        """Forget what another training has left.
+
+        Raises:
+            RefusedError: If the model is compiled: what the compiler makes of it can be differentiated once.
+        """
+        compiled = lightning_adapter.is_compiled(pl_module) or any(map(_is_compiled, pl_module.modules()))
+        if stage == "fit" and self.weight and compiled:
+            raise RefusedError(
+                "TracePenalty differentiates the model twice, which torch.compile does not support. Train without compiling, "
+                "or without the penalty."
+            )
         if stage == "fit":
             self._curvature = self._call = None
             if trainer.current_epoch == 0:
@@ -118,3 +129,8 @@ def trace_estimate(
         pushed = torch.cat([at_least_float32(gradient).reshape(-1) for gradient in gradients if gradient is not None])
         lengths.append(pushed.square().sum() / len(flat))
     return torch.stack(lengths).mean()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was wrapped by `torch.compile`, or compiled in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
