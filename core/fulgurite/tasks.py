@@ -210,6 +210,15 @@ class ErrorRate(MulticlassAccuracy):
         return 1 - super().compute()
 
 
+def default_adamw(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW with learning rate 1e-3.
+
+    It is a function because a command line that names another optimizer keeps the arguments that a default class shares
+    with it, such as AdamW's weight decay.
+    """
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
 class Regression(Task):
     """Regression with the mean squared error; validation and test log `loss`, `mse`, `mae` and `r2`.
 
@@ -225,7 +234,7 @@ class Regression(Task):
         self,
         network: nn.Module,
         criterion: nn.Module | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = default_adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
     ) -> None:

@@ -165,6 +165,19 @@ def test_data_that_are_named_have_their_own_defaults_not_those_of_the_default_da
     assert built.datamodule.batch_size == type(built.datamodule)().batch_size
 
 
+@pytest.mark.parametrize("task", ["Classification", "Regression"])
+def test_an_optimizer_that_is_named_has_its_own_defaults_not_those_of_the_default_optimizer(task):
+    """The 0.01 of AdamW's weight decay once came along to SGD."""
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+    model = {
+        "class_path": task,
+        "init_args": {"network": {"class_path": "torch.nn.LazyLinear", "init_args": {"out_features": 10}}},
+    }
+    built = assemble({"model": {**model, "init_args": {**model["init_args"], "optimizer": optimizer}}}, seed=False)
+    group = built.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.0, 0.0)
+
+
 def test_an_instance_as_network_needs_no_shapes():
     assert isinstance(build("--model.network=torch.nn.Flatten").model.network, torch.nn.Flatten)
 
