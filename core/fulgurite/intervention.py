@@ -204,6 +204,17 @@ class Intervention(pl.Callback):
         return getattr(type(self), hook) is not getattr(Intervention, hook)
 
 
+def others_that_change(trainer: pl.Trainer, intervention: pl.Callback) -> str:
+    """Return a sentence for messages that names the other interventions that change the model; empty if there are none."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    names = [
+        type(other).__name__
+        for other in callbacks
+        if other is not intervention and isinstance(other, Intervention) and other.overrides("operate")
+    ]
+    return f" The model is changed by {', '.join(names)} too." if names else ""
+
+
 def _after_splice(setup: Callable[..., None]) -> Callable[..., None]:
     """Make an overridden `setup` lay the splice first, so that forgetting `super().setup` cannot disable a plugin."""
 

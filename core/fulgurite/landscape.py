@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from fulgurite.measurement import undisturbed
-from fulgurite.per_example.choice import choose, refuse_coupled
+from fulgurite.per_example.choice import choose, refuse_coupled, substituted
 from fulgurite.per_example.examples import Examples
 from fulgurite.per_example.gradients import Gradient, Outer, Rows
 from fulgurite.per_example.recording import at_least_float32, output_gradients, recorded
@@ -190,9 +190,7 @@ def _jacobian(model: nn.Module, name: str, examples: Examples) -> Tensor:
     """Return the Jacobian `[N, C, *]` with respect to one parameter, by `vmap`."""
 
     def outputs(parameter: Tensor, *tensors: Tensor) -> Tensor:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            return functional_call(model, {name: parameter}, args, kwargs)
-
+        call = substituted(model, {name: parameter})
         return examples.call(call, [tensor.unsqueeze(0) for tensor in tensors])[0].squeeze(0)
 
     parameter = model.get_parameter(name).detach()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ def is_training_stage(trainer: pl.Trainer) -> bool:
 def takes_iterator(module: pl.LightningModule) -> bool:
     """Return whether the training step fetches its own batches (`training_step(self, dataloader_iter)`)."""
     return "dataloader_iter" in inspect.signature(module.training_step).parameters
+
+
+def present_train_loaders(trainer: pl.Trainer) -> list[Any]:
+    """Return the training loaders, in training; new ones if those in use were given back, to be asked for again."""
+    found = train_loaders(trainer)
+    if found:
+        return found
+    return list(tree_leaves(train_source(trainer).dataloader(), is_leaf=lambda part: isinstance(part, DataLoader)))
 
 
 def train_loaders(trainer: pl.Trainer) -> list[Any]:

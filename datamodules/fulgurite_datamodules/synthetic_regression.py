@@ -55,7 +55,8 @@ class _SyntheticRegression(pl.LightningDataModule, ABC):
         targets = self.target(inputs)
         targets[: self.train_size] += noise
         self.train_indices = torch.arange(self.train_size)
-        self.test_indices = self.val_indices = torch.arange(self.train_size, len(inputs))
+        self.val_indices = torch.arange(0)
+        self.test_indices = torch.arange(self.train_size, len(inputs))
         self.train_dataset = ArrayDataset(inputs[: self.train_size], targets[: self.train_size].unsqueeze(1))
         self.test_dataset = ArrayDataset(inputs[self.train_size :], targets[self.train_size :].unsqueeze(1))
         self._is_set_up = True

@@ -412,6 +412,18 @@ def test_markdown_has_a_column_per_subject_and_the_reasons(results):
     assert "- gradient, `square`: it is known" in text
 
 
+def test_markdown_has_a_matrix_of_the_pairs_of_interventions():
+    """A column per pair would be thousands of columns."""
+    rows = [
+        Result("composition", "A + B", "", "composes", "pass"),
+        Result("composition", "B + A", "", "composes", "fail", "no"),
+    ]
+    text = markdown("fulgurite check", rows)
+    assert "| 1 `A` |  | ✓ |" in text
+    assert "| 2 `B` | ✗ |  |" in text
+    assert "- composes, `B + A`: no" in text
+
+
 class Reports:
     """What another pytest says of its tests."""
 

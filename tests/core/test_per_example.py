@@ -204,3 +204,27 @@ def test_unknown_and_frozen_choices_are_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="None of the parameters 'all' of Sequential requires gradients"):
         per_example_norms(model, x, y)
+
+
+class Scaled(nn.Module):
+    """A layer that multiplies by a parameter of a module that it may share with others; no closed form covers it."""
+
+    def __init__(self, scale: nn.Module) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale.weight[0]
+
+
+def test_a_module_that_stands_in_several_places_is_put_back():
+    """`torch.func.functional_call` would leave a tensor of its own in the place of the parameter."""
+    shared = nn.Linear(1, 1, bias=False)
+    model = nn.Sequential(nn.Linear(3, 3), Scaled(shared), nn.Tanh(), Scaled(shared))
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    squares = per_example_squares(model, x, y)
+    assert isinstance(shared.weight, nn.Parameter)
+    for row in range(4):
+        model.zero_grad()
+        F.cross_entropy(model(x[row : row + 1]), y[row : row + 1]).backward()
+        torch.testing.assert_close(squares["1.scale.weight"][row], shared.weight.grad.square().sum())

@@ -91,7 +91,8 @@ def run(command: str, argv: list[str]) -> int:
     if arguments.support:
         _write_support(results)
     if arguments.record:
-        write_whole(arguments.record, json.dumps(executed(results), indent=1) + "\n")
+        lines = [f" {json.dumps(subject)}: {json.dumps(checks)}" for subject, checks in executed(results).items()]
+        write_whole(arguments.record, "{\n" + ",\n".join(lines) + "\n}\n")  # a line each: differences can be read
     if arguments.junit:
         write_whole(arguments.junit, junit(results))
     if arguments.markdown:
@@ -269,15 +270,20 @@ def markdown(command: str, results: Sequence[Result]) -> str:
     parts = [f"```console\n{command}\n```", _counts(results)]
     groups: dict[tuple[str, ...], list[str]] = {}
     by_subject: dict[str, dict[str, Result]] = {}
+    pairs = {}
     for result in results:
-        by_subject.setdefault(f"{result.plugin}.{result.subject}", {})[result.check] = result
+        if result.plugin == "composition" and " + " in result.subject:
+            pairs[tuple(result.subject.split(" + ", 1))] = result
+        else:
+            by_subject.setdefault(f"{result.plugin}.{result.subject}", {})[result.check] = result
     for subject, mine in by_subject.items():
         groups.setdefault(tuple(mine), []).append(subject)
-    marks = {"pass": "✓", "fail": "✗", "inapplicable": "–"}  # noqa: RUF001
     for checks, subjects in groups.items():
         lines = [f"| check | {' | '.join(f'`{subject}`' for subject in subjects)} |", f"|---|{':-:|' * len(subjects)}"]
-        lines += [f"| {name} | {' | '.join(marks[by_subject[s][name].status] for s in subjects)} |" for name in checks]
+        lines += [f"| {name} | {' | '.join(_MARKS[by_subject[s][name].status] for s in subjects)} |" for name in checks]
         parts.append("\n".join(lines))
+    if pairs:
+        parts.append(_pairs(pairs))
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.reason:
@@ -286,3 +292,17 @@ def markdown(command: str, results: Sequence[Result]) -> str:
         lines = [f"- {name}, {', '.join(who)}: {why}" for (name, why), who in reasons.items()]
         parts.append("\n".join(["Why they failed (✗) or are inapplicable (–), or how they passed:", "", *lines]))  # noqa: RUF001
     return "\n\n".join(parts) + "\n"
+
+
+_MARKS = {"pass": "✓", "fail": "✗", "inapplicable": "–"}  # noqa: RUF001
+
+
+def _pairs(results: Mapping[tuple[str, ...], Result]) -> str:
+    """Return a table of interventions by interventions: the row stands before the column in the trainer's callbacks."""
+    names = list(dict.fromkeys(name for pair in results for name in pair))
+    lines = [f"| before \\ after | {' | '.join(str(number + 1) for number in range(len(names)))} |"]
+    lines.append(f"|---|{':-:|' * len(names)}")
+    for number, first in enumerate(names):
+        marks = [_MARKS[results[first, second].status] if (first, second) in results else "" for second in names]
+        lines.append(f"| {number + 1} `{first}` | {' | '.join(marks)} |")
+    return "\n".join(lines)

@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulgurite.errors import RefusedError
 from fulgurite.measurement import model_device, undisturbed
-from fulgurite.per_example.choice import choose, refuse_coupled
+from fulgurite.per_example.choice import choose, refuse_coupled, substituted
 from fulgurite.per_example.examples import Examples
 from fulgurite.per_example.recording import at_least_float32, output_gradients, recorded
 
@@ -179,9 +179,7 @@ class _Squares:
         """Return the squares for parameters without a closed form."""
 
         def loss(parameters: dict[str, Tensor], *tensors: Tensor) -> Tensor:
-            def model(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.model, parameters, args, kwargs)
-
+            model = substituted(self.model, parameters)
             return self._losses(model, [tensor.unsqueeze(0) for tensor in tensors], 1).squeeze(0)
 
         def squares(*tensors: Tensor) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fulgurite.errors import RefusedError, nearest
 from fulgurite.per_example.examples import Examples
@@ -102,6 +104,28 @@ def refuse_coupled(model: nn.Module) -> None:
                 f"Parameter {name!r} is sharded or quantised ({type(parameter.data).__name__}): gradients per example need "
                 f"whole, plain parameters. Measure with an unsharded copy of the model."
             )
+
+
+def substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """Return the model with other tensors in the place of parameters.
+
+    `torch.func.functional_call`, told of a parameter of a module that stands in several places, replaces it once for each,
+    and takes its own replacement for the original. Parameters that several modules share are replaced in each of them.
+
+    Args:
+        model: The model.
+        parameters: Tensors by the name of the parameter.
+    """
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    everywhere = {place: t for name, t in parameters.items() for place in places[id(model.get_parameter(name))]}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, everywhere, args, kwargs, tie_weights=False)
+
+    return call
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -94,7 +94,7 @@ class FixedBatches:
 def _only(trainer: pl.Trainer, user: str, loader: Any) -> DataLoader[Any]:
     found = [loader]
     if loader == "train":
-        found = lightning_adapter.train_loaders(trainer)
+        found = lightning_adapter.present_train_loaders(trainer)
     elif loader == "val":
         loaders = trainer.val_dataloaders
         found = loaders if isinstance(loaders, list) else [loaders] if loaders is not None else []

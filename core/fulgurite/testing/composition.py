@@ -140,6 +140,10 @@ def _check(first: Member, second: Member, trainings: _Trainings) -> str:
     except RefusedError as refusal:
         said = str(refusal).lower()
         unnamed = [i.name for i in instances if i.name.lower() not in said and type(i).__name__.lower() not in said]
+        for member in (first, second) if unnamed else ():
+            reason = _refused_alone(case, member)
+            if reason:
+                return f"{member.name} refuses this training by itself: {reason}"
         expect(not unnamed, f"refused together, but the message does not name {' and '.join(unnamed)}: {refusal}")
         return f"refused together: {refusal}"
     expect(not shared, f"both take the {' and the '.join(shared)} for themselves, and are not refused together")
@@ -158,6 +162,15 @@ def _check(first: Member, second: Member, trainings: _Trainings) -> str:
             expect(change <= _SMALL, f"{name} changes nothing alone, but changes the training beside the other")
         missing = run.trainer.callback_metrics.keys() - together.trainer.callback_metrics.keys()
         expect(not missing, f"{name} does not log {', '.join(sorted(missing))} beside the other")
+    return ""
+
+
+def _refused_alone(case: Case, member: Member) -> str:
+    """Return why an intervention refuses a training on its own; empty if it does not."""
+    try:
+        _train(case, [member.make()])
+    except RefusedError as refusal:
+        return str(refusal)
     return ""
 
 

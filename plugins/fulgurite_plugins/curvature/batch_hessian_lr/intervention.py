@@ -71,7 +71,7 @@ class SLQLearningRate(Intervention):
         >>> trainer = pl.Trainer(callbacks=[SLQLearningRate()])  # doctest: +SKIP
     """
 
-    capabilities = Capabilities(manual_optimization=False, refused_strategies=SHARDED)
+    capabilities = Capabilities(manual_optimization=False, refused_strategies=SHARDED, exclusive=("learning rate",))
 
     def __init__(
         self,
@@ -112,6 +112,10 @@ class SLQLearningRate(Intervention):
         self.seed = seed
         self._check_arguments()
         self._reset()
+
+    def state_arguments(self) -> dict[str, Any]:
+        """The rule and what it is measured on tell two instances apart."""
+        return {"rule": self.rule, "on": self.on}
 
     def _check_arguments(self) -> None:
         user = "SLQLearningRate"

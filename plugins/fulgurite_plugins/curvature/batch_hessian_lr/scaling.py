@@ -103,10 +103,14 @@ class BatchSizeLRScaling(Intervention):
     def capabilities(self) -> Capabilities:  # type: ignore[override]
         """What measures needs whole parameters."""
         if self.mode != "rmt" and not self.cap:
-            return Capabilities()
+            return Capabilities(exclusive=("scaling with the batch size",))
         from fulgurite_plugins.curvature.batch_hessian_lr.spectrum import SHARDED
 
-        return Capabilities(refused_strategies=SHARDED)
+        return Capabilities(refused_strategies=SHARDED, exclusive=("scaling with the batch size",))
+
+    def state_arguments(self) -> dict[str, Any]:
+        """The mode and the batch size that is scaled from tell two instances apart."""
+        return {"mode": self.mode, "reference_batch_size": self.reference_batch_size, "optimizer": self.optimizer}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the factor of another training; that of this one comes with its checkpoint, if there is one."""

@@ -46,7 +46,7 @@ class StableLearningRate(Intervention):
         >>> trainer = pl.Trainer(callbacks=[StableLearningRate(target=0.9)])  # doctest: +SKIP
     """
 
-    capabilities = Capabilities(refused_strategies=SHARDED)
+    capabilities = Capabilities(refused_strategies=SHARDED, exclusive=("learning rate",))
 
     def __init__(
         self,

@@ -60,8 +60,8 @@ class TracePenalty(Intervention):
         compiled = lightning_adapter.is_compiled(pl_module) or any(map(_is_compiled, pl_module.modules()))
         if stage == "fit" and self.weight and compiled:
             raise RefusedError(
-                "TracePenalty differentiates the model twice, which torch.compile does not support. Train without compiling, "
-                "or without the penalty."
+                "TracePenalty differentiates the model twice, which torch.compile does not support. Train without "
+                "compiling, or without the penalty."
             )
         if stage == "fit":
             self._curvature = self._call = None

@@ -118,7 +118,7 @@ def read_sampling(trainer: pl.Trainer, user: str, batch_size: int | None = None)
     Raises:
         RefusedError: If the batch size, or the number of examples, cannot be found out.
     """
-    loaders = lightning_adapter.train_loaders(trainer)
+    loaders = lightning_adapter.present_train_loaders(trainer)
     dataset = getattr(loaders[0], "dataset", None) if len(loaders) == 1 else None
     if dataset is None or not hasattr(dataset, "__len__"):
         raise RefusedError(

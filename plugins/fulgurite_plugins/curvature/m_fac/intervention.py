@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import RefusedError, check_argument, check_choice, is_number
-from fulgurite.intervention import Capabilities, Intervention
+from fulgurite.intervention import Capabilities, Intervention, others_that_change
 from fulgurite.random import derived_seed
 from fulgurite_plugins.curvature.m_fac.collection import gradient_rows, recalibrate
 from fulgurite_plugins.curvature.m_fac.functional import check_damping, densities
@@ -136,7 +136,9 @@ class MFACPruner(Intervention):
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
         """Gradients are taken of the loss that the training step returns."""
-        return Capabilities(manual_optimization=self.method == "magnitude", refused_strategies=_SHARDED)
+        return Capabilities(
+            manual_optimization=self.method == "magnitude", refused_strategies=_SHARDED, exclusive=("pruning",)
+        )
 
     def state_arguments(self) -> dict[str, Any]:
         """The schedule and the layers tell two instances apart."""
@@ -159,7 +161,7 @@ class MFACPruner(Intervention):
         if not self._weights:
             raise RefusedError(
                 f"MFACPruner found no trainable weight of a {', '.join(self.modules)} in {type(pl_module).__name__}. "
-                f"Name the layers in `modules`."
+                f"Name the layers in `modules`.{others_that_change(trainer, self)}"
             )
         last = self._epoch_of(len(self.sparsities) - 1)
         if trainer.max_epochs is not None and 0 < trainer.max_epochs < last:

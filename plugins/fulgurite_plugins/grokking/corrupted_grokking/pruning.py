@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fulgurite import distributed
 from fulgurite.errors import RefusedError, check_argument, check_choice, is_number
-from fulgurite.intervention import Capabilities, Intervention
+from fulgurite.intervention import Capabilities, Intervention, others_that_change
 from fulgurite_plugins.grokking.corrupted_grokking.functional import Basis
 from fulgurite_plugins.grokking.corrupted_grokking.ipr import SHARDED
 from fulgurite_plugins.grokking.corrupted_grokking.neurons import Layers, Neurons, find_neurons
@@ -100,7 +100,7 @@ class IPRPruning(Intervention):
                 "layers that become smaller in the middle of training do not fit its buckets of gradients. Use mode='zero' "
                 "or 'mask', or at_epoch=None."
             )
-        return Capabilities(refused_strategies=refused, exclusive=("choice of neurons",))
+        return Capabilities(refused_strategies=refused, exclusive=("choice of neurons", "pruning"))
 
     def state_arguments(self) -> dict[str, Any]:
         """Two prunings are told apart by when they happen and in which order."""
@@ -128,8 +128,6 @@ class IPRPruning(Intervention):
             if not masks_of(neurons):
                 lay_masks(neurons)
         elif self.mode != "zero":
-            if self.mode == "remove":
-                check_removable(neurons)
             self._stop_loading()
             self._handle = module.register_load_state_dict_pre_hook(self._before_loading)
 
@@ -204,7 +202,15 @@ class IPRPruning(Intervention):
             fit_to_state(neurons, {child: name for name, child in module.named_modules()}, state)
 
     def _neurons(self, module: nn.Module) -> Neurons:
-        return find_neurons(module, self.layers, "IPRPruning")
+        try:
+            neurons = find_neurons(module, self.layers, "IPRPruning")
+            if self.mode == "remove":
+                check_removable(neurons)
+        except RefusedError as refusal:
+            trainer = getattr(module, "_trainer", None)
+            others = "" if trainer is None else others_that_change(trainer, self)
+            raise RefusedError(f"{refusal}{others}") from None
+        return neurons
 
     def _stop_loading(self) -> None:
         if self._handle is not None:

@@ -162,7 +162,7 @@ class OutputScaling(Intervention):
         network = find(module, self.module, "OutputScaling")
         own = {name: p for name, p in network.named_parameters() if not name.startswith("output_scaling.")}
         for name, twin in self._scale.other.named_parameters():
-            if id(own[name]) in optimised and id(twin) not in optimised:
+            if name in own and id(own[name]) in optimised and id(twin) not in optimised:
                 raise RefusedError(
                     f"OutputScaling(center='antisymmetric'): the optimizer moves {name!r}, but not that of the twin. Make "
                     f"it in `configure_optimizers` from the parameters of the whole module; or use center='copy'."
