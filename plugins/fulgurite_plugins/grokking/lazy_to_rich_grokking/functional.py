@@ -65,7 +65,8 @@ def kernel_regression(
         targets: Their targets, `[N]` or `[N, C]`.
         cross: The kernel of those to predict with the training examples, `[M, N]` or `[M, C, N, C]`; None predicts the
             training examples.
-        ridge: $\lambda$, not negative; None for $10^{-6}$ of the mean of the kernel's diagonal.
+        ridge: $\lambda$, not negative; None for $10^{-6}$ of the mean of the kernel's diagonal. Where rounding is larger,
+            directions in which the kernel is nothing but rounding are left out.
         initial: Outputs of the network at the start for the training examples, of the shape of `targets`; None for zero.
         cross_initial: Likewise for those to predict, `[M]` or `[M, C]`; needed with `cross` and `initial`.
 
@@ -82,10 +83,21 @@ def kernel_regression(
     matrix = (matrix + matrix.mT) / 2
     residual = columns if initial is None else columns - initial.double().reshape(columns.shape)
     factor, failed = torch.linalg.cholesky_ex(matrix + added * torch.eye(len(matrix), dtype=matrix.dtype).to(matrix))
-    if bool(failed):
+    if not bool(failed):
+        solution = torch.cholesky_solve(residual, factor)
+    elif added > 0:
+        solution = _solved_within_rank(matrix, residual, float(added), torch.finfo(kernel.dtype).eps)
+    else:
         raise ValueError(f"The kernel with ridge {float(added):g} is not positive definite. Give a larger `ridge`.")
-    solution = torch.cholesky_solve(residual, factor)
     return _predicted(solution, kernel, targets, cross, initial, cross_initial)
+
+
+def _solved_within_rank(matrix: Tensor, columns: Tensor, ridge: float, rounding: float) -> Tensor:
+    """Solve with a kernel that is positive semi-definite but for rounding; directions of no more than that are left out."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > len(matrix) * rounding * values[-1]
+    vectors = vectors[:, kept]
+    return vectors @ ((vectors.mT @ columns) / (values[kept] + ridge).unsqueeze(1))
 
 
 def lazy_trajectory(
