@@ -220,7 +220,7 @@ def refined_trace_bound(
 
     $S = I$ in $\langle S, \Phi(S) \rangle \le \langle S, S \rangle$ gives
 
-    $$\eta \Big[ \frac{w_d}{n} \sum_i |g_i^\top g_i|_F^2 + w_r |H|_F^2 \Big] \le 2 \mathrm{Tr}(H).$$
+    $$\eta \left[ \frac{w_d}{n} \sum_i |g_i^\top g_i|_F^2 + w_r |H|_F^2 \right] \le 2 \mathrm{Tr}(H).$$
 
     It lies between the exact limit, `max_stable_lr`, and `trace_bound`.
 
@@ -305,7 +305,7 @@ def alignment_factor(kernel: Tensor, residuals: Tensor) -> Tensor:
 
 
 def non_uniformity(kernel: Tensor) -> Tensor:
-    r"""Return $s = \lambda_{\max}\big(\frac1n \sum_i H_i^2 - H^2\big)^{1/2}$.
+    r"""Return $s = \lambda_{\max}\left(\frac1n \sum_i H_i^2 - H^2\right)^{1/2}$.
 
     $H_i = g_i g_i^\top$ is the curvature of one example (Wu, Ma, E 2018). Together with the sharpness $a =
     \lambda_{\max}(H)$ it has to lie in the box of `stability_box`.

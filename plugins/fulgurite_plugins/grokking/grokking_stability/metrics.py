@@ -45,7 +45,7 @@ class _Fraction(Metric):
 class SoftmaxCollapse(_Fraction):
     """The fraction of examples for which the sum of softmax's exponentials is exactly 1, so that only one class counts.
 
-    `update(logits, targets)` takes logits [N, C, *] in the precision in which the loss gets them; targets are not read.
+    `update(logits, targets)` takes logits `[N, C, *]` in the precision in which the loss gets them; targets are not read.
 
     Args:
         dtype: The precision of the softmax: `"float16"`, `"bfloat16"`, `"float32"` or `"float64"`.
@@ -69,7 +69,8 @@ class SoftmaxCollapse(_Fraction):
 class ZeroLossFraction(_Fraction):
     """The fraction of examples whose cross entropy is exactly 0, so that they teach nothing any more.
 
-    `update(logits, targets)` takes logits [N, C, *] in the precision in which the loss gets them, and class indices [N, *].
+    `update(logits, targets)` takes logits `[N, C, *]` in the precision in which the loss gets them, and class
+    indices `[N, *]`.
 
     Args:
         dtype: The precision of the loss: `"float16"`, `"bfloat16"`, `"float32"` or `"float64"`.
