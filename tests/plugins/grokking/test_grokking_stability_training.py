@@ -19,14 +19,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fulgurite import Intervention
+from fulgurite.cli.train import assemble
 from fulgurite.errors import FulguriteError, RefusedError
 from fulgurite.testing.processes import on_ranks
 from fulgurite_plugins.distillation import PSKD
 from fulgurite_plugins.grokking.grokking_stability import (
     ModularMLP,
     NumericalStabilityMonitor,
+    PerpAdamW,
     PerpGrad,
     PerpGradOptimizer,
+    PerpSGD,
     ReplaceSoftmax,
     nlm_alignment,
     perp_grad_,
@@ -592,3 +595,40 @@ def test_trainer_is_quiet_without_gradients():
     trainer([PerpGrad(), ReplaceSoftmax(), NumericalStabilityMonitor()]).validate(
         module, loader(shuffle=False), verbose=False
     )
+
+
+@pytest.mark.parametrize(("ours", "base"), [(PerpSGD, torch.optim.SGD), (PerpAdamW, torch.optim.AdamW)])
+@pytest.mark.parametrize("closure", [False, True])
+def test_optimizers_for_the_command_line_step_as_the_wrapper_does(ours, base, closure):
+    def trained(make: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = make(model.parameters())
+        x, y = torch.randn(8, 4), torch.randint(3, (8,))
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = torch.nn.functional.cross_entropy(model(x), y)
+            value.backward()
+            return value
+
+        for _ in range(5):
+            if closure:
+                assert optimizer.step(loss) is not None
+            else:
+                loss()
+                optimizer.step()
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    expected = trained(lambda p: PerpGradOptimizer(base(p, lr=0.1)))
+    assert torch.equal(trained(lambda p: ours(p, lr=0.1)), expected)
+    assert not torch.equal(trained(lambda p: base(p, lr=0.1)), expected)
+
+
+def test_the_command_line_builds_them_by_name():
+    built = assemble(
+        {"optimizer": {"class_path": "PerpAdamW", "init_args": {"lr": 0.02, "weight_decay": 0.0}}}, seed=False
+    )
+    optimizer = built.model.configure_optimizers()
+    assert isinstance(optimizer, PerpAdamW)
+    assert optimizer.param_groups[0]["lr"] == 0.02

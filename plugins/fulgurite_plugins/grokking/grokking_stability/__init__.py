@@ -35,6 +35,10 @@ plugin = Plugin(
             "optimizer",
             "PerpGrad around any optimizer.",
         ),
+        Component("PerpSGD", f"{__name__}.optimizer:PerpSGD", "optimizer", "SGD with PerpGrad, for a command line."),
+        Component(
+            "PerpAdamW", f"{__name__}.optimizer:PerpAdamW", "optimizer", "AdamW with PerpGrad, for a command line."
+        ),
         Component(
             "StableMaxCrossEntropy", f"{__name__}.losses:StableMaxCrossEntropy", "loss", "StableMax, as a module."
         ),

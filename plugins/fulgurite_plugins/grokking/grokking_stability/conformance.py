@@ -14,7 +14,7 @@ from fulgurite_plugins.grokking.grokking_stability.losses import StableMaxCrossE
 from fulgurite_plugins.grokking.grokking_stability.metrics import NLMAlignment, SoftmaxCollapse, ZeroLossFraction
 from fulgurite_plugins.grokking.grokking_stability.modules import ModularMLP
 from fulgurite_plugins.grokking.grokking_stability.monitor import NumericalStabilityMonitor
-from fulgurite_plugins.grokking.grokking_stability.optimizer import PerpGradOptimizer
+from fulgurite_plugins.grokking.grokking_stability.optimizer import PerpAdamW, PerpGradOptimizer, PerpSGD
 
 
 def _logits(scale: float = 3.0) -> Tensor:
@@ -70,6 +70,8 @@ CASES = {
     ),
     "NumericalStabilityMonitor": Case(make=lambda: NumericalStabilityMonitor(every_n_steps=2), observes=True),
     "PerpGradOptimizer": Case(make=_sgd),
+    "PerpSGD": Case(make=lambda parameters: PerpSGD(parameters, lr=0.1, momentum=0.9)),
+    "PerpAdamW": Case(make=lambda parameters: PerpAdamW(parameters, lr=0.01)),
     "StableMaxCrossEntropy": (
         Case(make=StableMaxCrossEntropy, arguments=_call),
         Case(label="in parts", make=lambda: StableMaxCrossEntropy(chunk_rows=5), arguments=_call),

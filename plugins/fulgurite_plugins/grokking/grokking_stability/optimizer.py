@@ -121,3 +121,54 @@ class PerpGradOptimizer(Optimizer):
     def _project(self) -> None:
         parameters = (p for group in self.param_groups for p in group["params"] if p not in self.exclude)
         perp_grad_(parameters, self.rescale, self.scope, self.skip_scalars, self.eps)
+
+
+class _Perpendicular(Optimizer):
+    """A step that begins with `perp_grad_` on all parameters, as it is by default."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Project the gradients and take a step.
+
+        Args:
+            closure: Computes the loss and its gradients, which are projected each time that it has been called.
+
+        Returns:
+            The loss of the closure.
+        """
+        if closure is None:
+            perp_grad_(self._parameters())
+            return super().step()
+
+        def projected() -> Any:
+            loss = closure()
+            perp_grad_(self._parameters())
+            return loss
+
+        return super().step(projected)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+class PerpSGD(_Perpendicular, torch.optim.SGD):
+    """SGD on gradients at right angles to the weights: `PerpGradOptimizer` around `torch.optim.SGD`, for a command line.
+
+    Arguments are those of `torch.optim.SGD`.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = PerpSGD([w], lr=0.1)
+        >>> w[0].backward()
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([2.9200, 4.0600], requires_grad=True)
+    """
+
+
+class PerpAdamW(_Perpendicular, torch.optim.AdamW):
+    """AdamW on gradients at right angles to the weights: `PerpGradOptimizer` around `torch.optim.AdamW`, for a command line.
+
+    Arguments are those of `torch.optim.AdamW`.
+    """
