@@ -165,7 +165,7 @@ def test_data_that_are_named_have_their_own_defaults_not_those_of_the_default_da
     assert built.datamodule.batch_size == type(built.datamodule)().batch_size
 
 
-@pytest.mark.parametrize("task", ["Classification", "Regression"])
+@pytest.mark.parametrize("task", ["fulgurite.Classification", "fulgurite.Regression"])
 def test_an_optimizer_that_is_named_has_its_own_defaults_not_those_of_the_default_optimizer(task):
     """The 0.01 of AdamW's weight decay once came along to SGD."""
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}

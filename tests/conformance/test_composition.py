@@ -249,6 +249,8 @@ def test_the_matrix_of_what_is_installed():
     matrix = members(subjects, every_case=False)
     names = {member.name.partition(" (")[0] for member in matrix}
     assert names == {c.name for _, c in subjects if c.kind == "intervention"}
-    results = list(check_composition(matrix))
-    assert len(results) == len(matrix) * (len(matrix) - 1)
+    results = list(
+        check_composition(matrix, quick=True)
+    )  # all pairs, in both orders, are for `fulgurite check`: minutes
+    assert len(results) == len(pairs(matrix, quick=True)) >= len(matrix)
     assert not [result for result in results if result.status == "fail"]

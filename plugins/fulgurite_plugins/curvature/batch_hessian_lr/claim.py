@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from fulgurite.claims import Claim, Expectation, Setting, Summary, Variant
-from fulgurite_plugins.curvature.batch_hessian_lr.claim_spectra import SIZES
+
+SIZES = (4, 16, 64, 256, 1024)
+"""Batch sizes whose largest eigenvalues are measured."""
 
 _PACKAGE = "fulgurite_plugins.curvature.batch_hessian_lr"
 _SPECTRA, _LEARNER = "batch Hessians", "learner"

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 
 from fulgurite_plugins.curvature.batch_hessian_lr import noise
+from fulgurite_plugins.curvature.batch_hessian_lr.claim import SIZES
 from fulgurite_plugins.curvature.batch_hessian_lr.functional import effective_batch_size, fit_excess
 
-SIZES = (4, 16, 64, 256, 1024)
 _FITTED = (4, 16, 64)
 _BATCHES = {4: 48, 16: 48, 64: 48, 256: 12, 1024: 12}
 """Batches of each size; more where the exponent is fitted."""
