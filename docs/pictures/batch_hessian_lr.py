@@ -22,8 +22,8 @@ from fulgurite.report.pictures import dress, new_figure, png
 from fulgurite.tasks import Classification
 from fulgurite_datamodules import Digits
 from fulgurite_plugins.curvature import HessianSpectrum
-from fulgurite_plugins.curvature.batch_hessian_lr.claim_network import TanhMLP
 from fulgurite_plugins.curvature.batch_hessian_lr.claim import SIZES
+from fulgurite_plugins.curvature.batch_hessian_lr.claim_network import TanhMLP
 from fulgurite_plugins.curvature.batch_hessian_lr.density import SpectralDensity
 
 N = 1437

@@ -395,7 +395,7 @@ def test_probes_are_unbiased_within_their_own_error():
     assert 0 < trace.standard_error < 0.2 * trace.value
     norm = hutchinson_frobenius(operator, 500)
     assert abs(norm.value - matrix.norm().item()) < 4 * norm.standard_error
-    torch.testing.assert_close(hutchinson_diagonal(operator, 2000), matrix.diagonal(), rtol=0.5, atol=0.02)
+    torch.testing.assert_close(hutchinson_diagonal(operator, 400), matrix.diagonal(), rtol=0.5, atol=0.03)
     assert hutchinson_trace(operator, 3, seed=1) == hutchinson_trace(operator, 3, seed=1)
     assert math.isnan(hutchinson_trace(operator, 1).standard_error)
 
