@@ -99,7 +99,7 @@ def test_unknown_storage_is_named():
 
 
 def test_rows_that_do_not_fit_are_refused_with_the_number_of_bytes(monkeypatch):
-    monkeypatch.setattr("fulgurite.samples.memory._free_bytes", lambda device: 999)
+    monkeypatch.setattr("fulgurite.samples.memory.free_bytes", lambda device: 999)
     with pytest.raises(
         RefusedError, match=r"Notes needs 1,000 bytes for 25 examples x 10 .*999 bytes are free \(device\)"
     ):
@@ -112,7 +112,7 @@ def test_auto_takes_the_device_up_to_a_tenth_of_its_free_memory(monkeypatch):
     from fulgurite.samples.memory import _choose_storage
 
     free = {"cuda": 10_000, "cpu": 10**9}
-    monkeypatch.setattr("fulgurite.samples.memory._free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr("fulgurite.samples.memory.free_bytes", lambda device: free[device.type])
 
     def chosen(size: int) -> str:
         return _choose_storage("auto", size, (10,), torch.float32, torch.device("cuda"), "Notes")

@@ -366,11 +366,11 @@ def _choose_storage(
 ) -> Storage:
     needed = size * math.prod(shape) * dtype.itemsize
     if storage == "auto":
-        storage = "device" if device.type == "cpu" or needed <= _free_bytes(device) // 10 else "cpu"
+        storage = "device" if device.type == "cpu" or needed <= free_bytes(device) // 10 else "cpu"
     if storage == "memmap":
         available = shutil.disk_usage(tempfile.gettempdir()).free
     else:
-        available = _free_bytes(device if storage == "device" else torch.device("cpu"))
+        available = free_bytes(device if storage == "device" else torch.device("cpu"))
     if needed > available:
         raise RefusedError(
             f"{name} needs {needed:,} bytes for {size:,} examples x {math.prod(shape):,} values ({dtype}), but only "
@@ -380,7 +380,7 @@ def _choose_storage(
     return storage
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:

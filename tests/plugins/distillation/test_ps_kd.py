@@ -580,7 +580,7 @@ def test_dataset_of_another_length_at_resume_names_both(tmp_path):
 
 
 def test_memory_that_does_not_fit_is_refused_with_the_number_of_bytes(monkeypatch):
-    monkeypatch.setattr("fulgurite.samples.memory._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("fulgurite.samples.memory.free_bytes", lambda device: 1000)
     with pytest.raises(RefusedError, match="PSKD needs 1,200 bytes for 60 examples x 5 values.*float16.*snapshot"):
         fit(Plain(), [PSKD()])
 

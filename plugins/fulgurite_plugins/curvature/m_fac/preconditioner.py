@@ -11,7 +11,7 @@ from torch import Tensor
 from fulgurite import distributed
 from fulgurite.curvature.window import GradientWindow
 from fulgurite.errors import RefusedError
-from fulgurite.samples.memory import _free_bytes
+from fulgurite.samples.memory import free_bytes
 from fulgurite_plugins.curvature.m_fac.columns import Columns
 from fulgurite_plugins.curvature.m_fac.functional import window_coefficients
 
@@ -126,7 +126,7 @@ class Preconditioner:
 
     def _check_memory(self, device: torch.device, width: int) -> None:
         needed = self.num_grads * width * self.dtype.itemsize + 3 * 8 * self.num_grads**2
-        free = _free_bytes(device)
+        free = free_bytes(device)
         if needed > free:
             raise RefusedError(
                 f"MFAC: the window of {self.num_grads} gradients of {width:,} numbers needs {needed:,} bytes, but {free:,} "
