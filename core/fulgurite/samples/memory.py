@@ -381,6 +381,7 @@ def _choose_storage(
 
 
 def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that are free on a device, as far as it tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:

@@ -55,7 +55,7 @@ CASES = {
         Case(label="rows", make=lambda: PerpGrad(scope="row", exclude="vectors"), off=lambda: PerpGrad(exclude="*")),
         Case(
             label="all together",
-            # of vectors only: companded weights are twenty times as long, and hide in one vector with the others what is along them
+            # of vectors only: companded weights are twenty times as long, and would dominate the one common vector
             make=lambda: PerpGrad(scope="global", rescale=False, start_step=2, include="vectors"),
             off=lambda: PerpGrad(start_step=10**9),
         ),
