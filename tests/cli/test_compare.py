@@ -55,6 +55,23 @@ def test_compare_ends_with_a_table_and_a_report_and_then_has_nothing_left_to_do(
     assert (page.parent / "runs.jsonl").read_text() == before
 
 
+def test_a_sweep_shows_a_metric_over_a_grid_and_names_one_that_nobody_logged(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["compare", "--config", str(config), "--grid", "data.label_noise=0,0.4", "--seeds", "1"]
+    assert main([*argv, "--metric", "val/nll"]) == 0
+    out = tmp_path / "fulgurite-compare"
+    assert {record.setting for record in read_records(out / "runs.jsonl")} == {"label_noise=0", "label_noise=0.4"}
+    assert (out / "map-1-val-nll.png").exists()
+    assert yaml.safe_load((out / "config.yaml").read_text()) == CONFIG
+    assert "test/nll" not in capsys.readouterr().out
+    before = (out / "runs.jsonl").read_text()
+    assert main([*argv, "--metric", "val/nnl"]) == 2
+    assert "Did you mean 'val/nll'" in capsys.readouterr().err
+    assert (out / "runs.jsonl").read_text() == before
+    assert main([*argv, "--grid", "data.label_nose=0,1"]) == 2
+    assert "Did you mean 'label_noise'" in capsys.readouterr().err
+
+
 def test_a_failed_run_gives_status_1_and_the_rest_is_reported(config, tmp_path, capsys, monkeypatch):
     (tmp_path / "fulgurite_test_broken.py").write_text(
         "import lightning.pytorch as pl\n"

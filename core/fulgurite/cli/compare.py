@@ -22,6 +22,7 @@ from fulgurite.errors import FulguriteError, nearest
 from fulgurite.experiment import Checked, check_plan, finished_records, plan, run_plan
 from fulgurite.experiment.process import cores
 from fulgurite.files import write_whole
+from fulgurite.grid import Grid
 from fulgurite.records import RunRecord
 from fulgurite.registry import registry
 
@@ -74,19 +75,33 @@ class _Parser(argparse.ArgumentParser):
 def _compare(argv: list[str]) -> int:
     parser = _Parser(
         "compare",
-        "Train your configuration with and without additions, over seeds, and compare. Results are kept as runs end: after "
-        "an interruption the same command goes on. Exit status: 0; 1 if a run failed; 2 if a configuration or an addition "
-        "is wrong.",
+        "Train your configuration with and without additions, over seeds, and compare; with --grid for every combination of "
+        "values. Results are kept as runs end: after an interruption the same command goes on. Exit status: 0; 1 if a run "
+        "failed; 2 if a configuration or an addition is wrong.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="what `fulgurite fit` takes; by default an example")
     parser.add_argument(
         "--add", action="append", default=[], metavar="TEXT", help="a variant, such as 'PSKD(alpha=0.8)'; repeatable"
     )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="values of an argument, such as data.label_noise=0,0.2,0.4; repeatable: every combination is trained",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a logged metric to show, such as val/nll; repeatable (default: those of the test, else of validation)",
+    )
     parser.add_argument("--seeds", type=_positive, default=5, metavar="N", help="seeds per variant (default: 5)")
     _add_common(parser, "./fulgurite-compare")
     arguments = parser.parse_args(argv)
-    if not arguments.add:
-        parser.error("nothing to compare with; give at least one --add, such as --add PSKD")
+    if not (arguments.add or arguments.grid):
+        parser.error("nothing to compare with; give at least one --add, such as --add PSKD, or --grid")
     config = EXAMPLE if arguments.config is None else _read_config(arguments.config)
     variants = [Variant("baseline"), *(Variant(text.strip(), add=(text,)) for text in arguments.add)]
     names = [variant.name for variant in variants]
@@ -94,18 +109,35 @@ def _compare(argv: list[str]) -> int:
         raise FulguriteError(f"Expected every --add to be another variant, but got {', '.join(names[1:])}.")
     directory = arguments.out or Path("fulgurite-compare")
     console = _console()
-    records = _execute(console, [Setting("main", config, tuple(variants))], arguments.seeds, arguments.jobs, directory)
+    grid = Grid.parse(arguments.grid) if arguments.grid else None
+    settings = grid.settings(config, variants) if grid else [Setting("main", config, tuple(variants))]
+    records = _execute(console, settings, arguments.seeds, arguments.jobs, directory)
     if records is None:
         return _INTERRUPTED
 
-    from fulgurite.report import comparison_table, terminal_tables, write_report
+    from fulgurite.report import comparison_table, grid_table, terminal_tables, write_report
 
-    for table in terminal_tables(comparison_table(records)):
+    _check_metrics(arguments.metric, records)
+    rows = comparison_table(records, metrics=arguments.metric)
+    for table in [grid_table(rows, grid)] if grid else terminal_tables(rows):
         console.print(table)
-    title = f"{', '.join(names[1:])} compared with the baseline"
+    title = f"{', '.join(names[1:])} compared with the baseline" if names[1:] else "The baseline"
+    if grid:
+        title += f" over {' and '.join(grid.names.values())}"
     facts = _facts("compare", argv, {"configuration": str(arguments.config or _EXAMPLE_NAME)})
-    _finish(console, records, write_report(directory, title, records, facts=facts))
+    page = write_report(directory, title, records, facts=facts, metrics=arguments.metric, grid=grid)
+    _finish(console, records, page)
     return int(any(record.status == "failed" for record in records))
+
+
+def _check_metrics(metrics: Sequence[str], records: Sequence[RunRecord]) -> None:
+    known = sorted({name for record in records for name in record.metrics})
+    for metric in metrics:
+        if known and metric not in known:
+            raise FulguriteError(
+                f"No run has logged {metric!r}; these were logged: {', '.join(known)}.{nearest(metric, known)} The runs are "
+                f"kept: the same command with another --metric trains nothing anew."
+            )
 
 
 def _reproduce(argv: list[str]) -> int:
@@ -163,8 +195,9 @@ def _execute(
     try:
         with console.status("Checking the configuration and the additions ..."):
             checked = check_plan(runs, directory)
-        for setting in settings:
-            name = "config.yaml" if setting.name == "main" else f"config-{setting.name}.yaml"
+        shared = all(setting.config == settings[0].config for setting in settings)
+        for setting in settings[:1] if shared else settings:
+            name = "config.yaml" if shared else f"config-{setting.name}.yaml"
             write_whole(directory / name, yaml.safe_dump(dict(setting.config), sort_keys=False))
         return _run(console, checked, jobs or checked.default_jobs, directory)
     except KeyboardInterrupt:
@@ -253,7 +286,8 @@ def _facts(command: str, argv: Sequence[str], more: Mapping[str, str]) -> dict[s
 def _finish(console: Console, records: Sequence[RunRecord], page: Path) -> None:
     failed = [record for record in records if record.status == "failed"]
     for record in failed:
-        text = f"failed: {record.variant}, seed {record.seed}: {record.error}"
+        setting = "" if record.setting == "main" else f"{record.setting}, "
+        text = f"failed: {setting}{record.variant}, seed {record.seed}: {record.error}"
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {page.absolute()}", markup=False, highlight=False, soft_wrap=True)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a comparison: tables for the terminal, one HTML page that opens offline, PNG, CSV, JSON and Markdown."""
 
-from fulgurite.report.comparison import Row, comparison_table, default_metrics, terminal_tables
+from fulgurite.report.comparison import Row, comparison_table, default_metrics, grid_table, terminal_tables
 from fulgurite.report.numbers import (
     better_direction,
     format_bytes,
@@ -24,6 +24,7 @@ __all__ = [
     "format_ratio",
     "format_seconds",
     "format_spread",
+    "grid_table",
     "terminal_tables",
     "write_report",
 ]

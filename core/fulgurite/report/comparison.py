@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fulgurite.grid import Grid
 from fulgurite.records import RunRecord, select
 from fulgurite.report.numbers import (
     STAGE,
     better_direction,
     format_bytes,
     format_interval,
+    format_number,
     format_ratio,
     format_seconds,
     format_spread,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _COSTS = {"step_seconds": "step time", "peak_memory": "peak memory"}
+_STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,6 @@ def terminal_tables(rows: Sequence[Row]) -> list[Table]:
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
     tables = []
     for setting in dict.fromkeys(row.setting for row in rows):
         table = Table(title=Text(setting) if setting != "main" else None, title_justify="left", header_style="bold")
@@ -154,12 +156,39 @@ def terminal_tables(rows: Sequence[Row]) -> list[Table]:
                 Text("" if row.measure == previous else row.measure + arrow, style="bold"),
                 Text(row.variant),
                 Text(row.value),
-                Text(row.comparison, style="dim" if row.is_reference else styles[row.effect]),
+                Text(row.comparison, style="dim" if row.is_reference else _STYLES[row.effect]),
                 Text(row.wins),
             )
             previous = row.measure
         tables.append(table)
     return tables
+
+
+def grid_table(rows: Sequence[Row], grid: Grid) -> Table:
+    """Return a `rich` table of means with a line per cell and variant, shorter than a table per cell."""
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = "Means; * where the 95 % interval of the paired difference to the reference excludes zero."
+    table = Table(header_style="bold", caption=caption, caption_justify="left")
+    metrics = list(dict.fromkeys(row.measure for row in rows if row.kind == "metric"))
+    for name in (*grid.names.values(), "variant"):
+        table.add_column(name, overflow="fold")
+    for metric in metrics:
+        table.add_column(metric, justify="right", overflow="fold")
+    found = {(row.setting, row.variant, row.measure): row for row in rows}
+    for name, cell in grid.cells.items():
+        variants = dict.fromkeys(row.variant for row in rows if row.setting == name)
+        for variant in variants:
+            means = []
+            for row in (found[name, variant, metric] for metric in metrics):
+                mark = "*" if row.difference and row.difference.excludes_zero else ""
+                text = format_number(row.summary.mean) + mark if row.summary else "-"
+                means.append(Text(text, style=_STYLES[row.effect]))
+            table.add_row(*map(str, cell.values()), Text(variant), *means)
+        if len(variants) > 1:
+            table.add_section()
+    return table
 
 
 def _metric_row(records: Sequence[RunRecord], setting: str, variant: str, reference: str, metric: str) -> Row:

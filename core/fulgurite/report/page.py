@@ -6,16 +6,19 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fulgurite.claims import Claim, Verdict
 from fulgurite.files import write_whole
+from fulgurite.grid import Grid
 from fulgurite.records import RunRecord, select
 from fulgurite.report.comparison import Row, comparison_table, default_metrics, settings_of, variants_of
 from fulgurite.report.data import as_csv, as_json, as_markdown
+from fulgurite.report.maps import draw_map
 from fulgurite.report.numbers import better_direction, format_interval
-from fulgurite.report.pictures import DARK, DASHES, LIGHT, Line, lines_of, new_figure, overview, png, views_of
+from fulgurite.report.pictures import DARK, DASHES, LIGHT, Line, Theme, lines_of, new_figure, overview, png, views_of
 
 
 def write_report(
@@ -28,6 +31,7 @@ def write_report(
     claim: Claim | None = None,
     verdict: Verdict | None = None,
     metrics: Sequence[str] | None = None,
+    grid: Grid | None = None,
 ) -> Path:
     """Write `report.html`, the results as CSV, JSON and Markdown, and pictures of the curves; return the page's path.
 
@@ -40,16 +44,20 @@ def write_report(
         claim: The claim that was tested, if one was.
         verdict: What `judge` made of it.
         metrics: Logged names of final metrics; None takes the claim's measures, else `default_metrics`.
+        grid: The grid whose cells are the settings: the page then has maps over it, and a table per cell.
     """
     records = list(records)
     directory = Path(directory)
     metrics = list(metrics or (claim.measures if claim else ()) or default_metrics(records))
     rows = comparison_table(records, reference, metrics)
-    sections = [_section(setting, records, rows, reference, metrics, claim) for setting in settings_of(records)]
+    drawn = [] if grid else metrics
+    sections = [_section(setting, records, rows, reference, drawn, claim) for setting in settings_of(records)]
+    maps = _maps(grid, records, rows, reference, metrics) if grid else []
+    for index, image in enumerate(maps):
+        write_whole(directory / f"map-{index + 1}-{_slug(image['metric'])}.png", image["file"])
     for index, section in enumerate(sections):
         if section["overview"] is not None:
-            slug = re.sub(r"[^a-z0-9]+", "-", section["name"].lower()).strip("-") or str(index)
-            suffix = "" if len(sections) == 1 else f"-{index + 1}-{slug}"
+            suffix = "" if len(sections) == 1 else f"-{index + 1}-{_slug(section['name'])}"
             write_whole(directory / f"curves{suffix}.png", section["overview"])
     write_whole(directory / "results.csv", as_csv(records))
     write_whole(directory / "results.json", as_json(title, records, rows, reference, facts, claim, verdict))
@@ -59,8 +67,9 @@ def write_report(
         "claim": claim,
         "verdict": verdict,
         "sections": sections,
+        "maps": maps,
         "failed": [record for record in records if record.status == "failed"],
-        "notes": _notes(records, rows, reference),
+        "notes": _notes(records, rows, reference, grid),
         "facts": dict(facts),
         "palettes": (LIGHT.colours, DARK.colours),
         "dashes": DASHES,
@@ -97,6 +106,32 @@ def _section(
     }
 
 
+def _maps(
+    grid: Grid, records: Sequence[RunRecord], rows: Sequence[Row], reference: str, metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return what the template shows of a grid: a picture per metric."""
+    names = dict.fromkeys(name for setting in grid.cells for name in variants_of(records, setting, reference))
+    lines = lines_of(list(names), reference)
+
+    def drawn(metric: str, theme: Theme, dpi: int) -> bytes:
+        return png(draw_map(grid, rows, lines, metric, theme), dpi)
+
+    return [
+        {
+            "metric": metric,
+            "direction": better_direction(metric),
+            "light": base64.b64encode(drawn(metric, LIGHT, 160)).decode(),
+            "dark": base64.b64encode(drawn(metric, DARK, 160)).decode(),
+            "file": drawn(metric, replace(LIGHT, background="white"), 110),
+        }
+        for metric in metrics
+    ]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
+
+
 def _metric_figures(metric: str, records: Sequence[RunRecord], lines: Sequence[Line]) -> dict[str, Any] | None:
     images = []
     for caption, draw in views_of(records, metric).items():
@@ -109,7 +144,7 @@ def _metric_figures(metric: str, records: Sequence[RunRecord], lines: Sequence[L
     return {"metric": metric, "direction": better_direction(metric), "images": images} if images else None
 
 
-def _notes(records: Sequence[RunRecord], rows: Sequence[Row], reference: str) -> list[str]:
+def _notes(records: Sequence[RunRecord], rows: Sequence[Row], reference: str, grid: Grid | None) -> list[str]:
     """Return what an honest reader should bear in mind."""
     notes = []
     seeds = max((row.summary.n for row in rows if row.summary), default=0)
@@ -130,6 +165,11 @@ def _notes(records: Sequence[RunRecord], rows: Sequence[Row], reference: str) ->
     short = any(row.difference and row.summary and row.difference.n < row.summary.n for row in rows)
     if short or any(record.status == "failed" for record in records):
         notes.append("Failed runs are left out; a difference counts only the seeds for which both runs succeeded.")
+    if grid:
+        notes.append(
+            "Maps show means over seeds: values of the reference, and paired differences of the others, with a dot where "
+            "the interval excludes zero. Bars are one standard deviation."
+        )
     notes.append(
         "Curves show the mean over seeds and a band of one standard deviation, up to the end of the shortest run; "
         "the steep first tenth of training may lie outside the picture. "
