@@ -71,7 +71,9 @@ CASES = {
         Case(label="tokens", make=lambda: ModularArithmetic(modulus=7, encoding="tokens", batch_size=4)),
         Case(
             label="noise",
-            make=lambda: ModularArithmetic(modulus=7, corrupted_fraction=0.3, batch_size=4, drop_last=True),
+            make=lambda: ModularArithmetic(
+                modulus=7, corrupted_fraction=0.3, encoding="binary", batch_size=4, drop_last=True, exclude_zero=True
+            ),
         ),
     ),
     "SparseRegression": (

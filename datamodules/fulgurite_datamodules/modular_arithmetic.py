@@ -16,7 +16,7 @@ from fulgurite_datamodules.dataset import ArrayDataset, collate
 from fulgurite_datamodules.noise import flip_labels
 
 Operation = Literal["add", "subtract", "multiply", "linear", "squares"]
-Encoding = Literal["onehot", "tokens"]
+Encoding = Literal["onehot", "binary", "tokens"]
 
 _EVALUATED_AT_ONCE = 16_384
 """Held-out pairs in a batch of validation and test."""
@@ -38,17 +38,21 @@ class ModularArithmetic(pl.LightningDataModule):
         corrupted_fraction: Fraction of the training labels to be redrawn, in [0, 1]; exactly `floor(fraction * n)` are.
         exclude_true_label: Whether a redrawn label is drawn from the wrong classes only; else from all, so that about one
             in `p` stays right.
-        encoding: `"onehot"`: both numbers one-hot, joined, float `[2 p]`. `"tokens"`: the two numbers, int64 `[2]`.
+        encoding: `"onehot"`: both numbers one-hot, joined, float `[2 p]`. `"binary"`: the `bits` digits of both in base 2, 0
+            or 1, the highest first, joined, float `[2 bits]`. `"tokens"`: the two numbers, int64 `[2]`.
         batch_size: Training pairs per batch, drawn anew in every epoch; None for all of them, in their order.
         coefficients: `(a, b)` of `"linear"`.
         pair_seed: Seed of the split.
         noise_seed: Seed of the corrupted labels.
         drop_last: Whether training leaves out a last batch that is not full.
+        exclude_zero: Whether pairs with a 0 are left out; `(p - 1)^2` pairs of 1 to `p - 1` are left then, and the fractions
+            are of these.
 
     Attributes:
         num_classes: `p`, known before `setup`.
         input_shape: Shape of one input, known before `setup`.
-        pairs: All pairs `[p^2, 2]`, pair `(m, n)` in row `m p + n`.
+        bits: `ceil(log2 p)`, the binary digits of a number.
+        pairs: All pairs `[p^2, 2]`, in lexicographic order: pair `(m, n)` is in row `m p + n`, unless zeros are left out.
         train_indices: Rows of the pairs of training `[n]`; `held_out_indices` are the others.
         train_targets: The labels of training `[n]`, with the corrupted ones.
         train_clean_targets: The results of the operation `[n]`.
@@ -80,6 +84,7 @@ class ModularArithmetic(pl.LightningDataModule):
         pair_seed: int = 0,
         noise_seed: int = 0,
         drop_last: bool = False,
+        exclude_zero: bool = False,
     ) -> None:
         super().__init__()
         self._check("modulus", modulus, "a whole number of at least 2", _is_count(modulus, 2))
@@ -98,8 +103,10 @@ class ModularArithmetic(pl.LightningDataModule):
             "in [0, 1]",
             is_number(corrupted_fraction) and 0 <= corrupted_fraction <= 1,
         )
-        train_size = _floor(train_fraction * modulus**2)
-        self._check("train_fraction", train_fraction, f"at least 1 / {modulus**2}, one pair", train_size > 0)
+        self._check("exclude_zero", exclude_zero, "True or False", isinstance(exclude_zero, bool))
+        size = (modulus - exclude_zero) ** 2
+        train_size = _floor(train_fraction * size)
+        self._check("train_fraction", train_fraction, f"at least 1 / {size}, one pair", train_size > 0)
         self._check(
             "batch_size",
             batch_size,
@@ -117,14 +124,16 @@ class ModularArithmetic(pl.LightningDataModule):
         self.pair_seed = pair_seed
         self.noise_seed = noise_seed
         self.drop_last = drop_last
-        self.input_shape = (2 * modulus,) if encoding == "onehot" else (2,)
+        self.exclude_zero = exclude_zero
+        self.bits = (modulus - 1).bit_length()
+        self.input_shape = ({"onehot": 2 * modulus, "binary": 2 * self.bits, "tokens": 2}[encoding],)
         self._train_size = train_size
 
     def setup(self, stage: str | None = None) -> None:
         """Make the table, split it and corrupt labels; once, whatever the stage."""
         if self._is_set_up:
             return
-        numbers = torch.arange(self.modulus)
+        numbers = torch.arange(int(self.exclude_zero), self.modulus)
         self.pairs = torch.cartesian_prod(numbers, numbers)
         targets = self._results(*self.pairs.unbind(1))
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(self.pair_seed))
@@ -183,9 +192,15 @@ class ModularArithmetic(pl.LightningDataModule):
         columns = tokens + torch.tensor([0, self.modulus])
         return torch.zeros(len(tokens), 2 * self.modulus).scatter_(1, columns, 1.0)
 
+    def binary(self, tokens: Tensor) -> Tensor:
+        """Return pairs `[B, 2]` as float `[B, 2 bits]`: the digits of `m` in base 2, highest first, then those of `n`."""
+        places = torch.arange(self.bits - 1, -1, -1)
+        return ((tokens.unsqueeze(2) >> places) & 1).flatten(1).float()
+
     def _dataset(self, rows: Tensor, targets: Tensor) -> ArrayDataset:
-        """Keep tokens, and make the one-hot vectors of a batch when it is read: that is as quick as copying them."""
-        return ArrayDataset(self.pairs[rows], targets, self.one_hot if self.encoding == "onehot" else None)
+        """Keep tokens, and make the vectors of a batch when it is read: that is as quick as copying them."""
+        transform = {"onehot": self.one_hot, "binary": self.binary, "tokens": None}[self.encoding]
+        return ArrayDataset(self.pairs[rows], targets, transform)
 
     def _results(self, m: Tensor, n: Tensor) -> Tensor:
         a, b = self.coefficients

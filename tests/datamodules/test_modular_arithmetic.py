@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -63,6 +64,47 @@ def test_one_hot_inputs_are_the_tokens() -> None:
     assert (data.input_shape, tokens.input_shape, data.num_classes) == ((14,), (2,), 7)
 
 
+@pytest.mark.parametrize("modulus", [2, 5, 8, 9, 113])
+def test_binary_inputs_are_the_digits_of_both_numbers(modulus: int) -> None:
+    """Powers of two and their neighbours: 8 needs three digits, for 0 to 7, and 9 four."""
+    data = ready(modulus=modulus, encoding="binary", train_fraction=1.0)
+    digits = math.ceil(math.log2(modulus))
+    assert (data.bits, data.input_shape) == (digits, (2 * digits,))
+    (batch,) = data.train_dataloader()
+    assert batch[0].dtype == torch.float32
+    written = ["".join(str(int(bit)) for bit in row) for row in batch[0]]
+    assert written == [f"{m:0{digits}b}{n:0{digits}b}" for m, n in data.pairs[data.train_indices].tolist()]
+    assert len(set(written)) == modulus**2
+    assert torch.equal(data.train_dataset[0][0], batch[0][0])
+
+
+@pytest.mark.parametrize(("operation", "zeros"), [("add", 6), ("subtract", 6), ("multiply", 0)])
+def test_pairs_with_a_zero_can_be_left_out(operation: Any, zeros: int) -> None:
+    """Of the 36 others modulo 7, m + n and m - n are 0 for one n each, and m n never is."""
+    data = ready(modulus=7, operation=operation, exclude_zero=True, train_fraction=0.4, encoding="tokens")
+    assert data.pairs.tolist() == [[m, n] for m in range(1, 7) for n in range(1, 7)]
+    assert (len(data.train_dataset), len(data.val_dataset)) == (14, 22)
+    found = torch.cat([data.train_dataset.targets, data.val_dataset.targets])
+    assert int((found == 0).sum()) == zeros
+    for dataset in (data.train_dataset, data.val_dataset):
+        for (m, n), target in dataset:
+            expected = {"add": m + n, "subtract": m - n, "multiply": m * n}[operation]
+            assert int(target) == int(expected) % 7
+    assert data.num_classes == 7
+
+
+def test_zeros_are_left_out_whatever_the_encoding() -> None:
+    shapes = {}
+    for encoding in ("onehot", "binary", "tokens"):
+        data = ready(modulus=7, exclude_zero=True, train_fraction=1.0, encoding=encoding, corrupted_fraction=0.5)
+        (batch,) = data.train_dataloader()
+        assert len(batch[0]) == 36
+        assert int(data.train_noisy.sum()) == 18
+        shapes[encoding] = batch[0].shape[1:]
+        assert shapes[encoding] == data.input_shape
+    assert shapes == {"onehot": (14,), "binary": (6,), "tokens": (2,)}
+
+
 @pytest.mark.parametrize("exclude", [True, False])
 def test_only_training_labels_are_corrupted_and_the_true_ones_are_kept(exclude: bool) -> None:
     data = ready(modulus=13, train_fraction=0.9, corrupted_fraction=1.0, exclude_true_label=exclude)
@@ -114,7 +156,7 @@ def test_minibatches_are_drawn_anew_and_may_leave_out_the_last() -> None:
 
 def test_writing_into_a_batch_leaves_the_data_alone() -> None:
     """A plugin that changes a batch in place would otherwise change every later epoch."""
-    for encoding in ("onehot", "tokens"):
+    for encoding in ("onehot", "binary", "tokens"):
         data = ready(modulus=5, encoding=encoding)
         kept = [part.clone() for part in next(iter(data.train_dataloader()))]
         for part in next(iter(data.train_dataloader())):
@@ -151,7 +193,12 @@ def test_without_held_out_pairs_there_is_nothing_to_validate() -> None:
     [
         ({"modulus": 1}, "`modulus` of ModularArithmetic to be a whole number of at least 2, but got 1"),
         ({"operation": "divide"}, "`operation` of ModularArithmetic to be one of 'add', .*, but got 'divide'"),
-        ({"encoding": "binary"}, "`encoding` of ModularArithmetic"),
+        (
+            {"encoding": "unary"},
+            "`encoding` of ModularArithmetic to be one of 'onehot', 'binary', 'tokens', but got 'unary'",
+        ),
+        ({"exclude_zero": 1}, "`exclude_zero` of ModularArithmetic to be True or False, but got 1"),
+        ({"modulus": 5, "train_fraction": 0.05, "exclude_zero": True}, "at least 1 / 16, one pair, but got 0.05"),
         ({"train_fraction": 0.0}, r"`train_fraction` of ModularArithmetic to be in \(0, 1\], but got 0.0"),
         ({"train_fraction": 1.01}, "but got 1.01"),
         ({"modulus": 5, "train_fraction": 0.03}, "at least 1 / 25, one pair, but got 0.03"),

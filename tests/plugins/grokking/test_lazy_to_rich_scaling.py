@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from typing import Any
@@ -22,6 +23,7 @@ from fulgurite.errors import RefusedError
 from fulgurite.landscape import ntk_gram
 from fulgurite_plugins.grokking.lazy_to_rich_grokking import OutputScaling, lazy_trajectory, merge
 from fulgurite_plugins.grokking.lazy_to_rich_grokking.learning_rate import kind_of, scale_rates
+from fulgurite_plugins.grokking.lazy_to_rich_grokking.scaling import scale_weights
 from tests import helpers
 from tests.helpers import Plain, fit, weights
 
@@ -175,6 +177,120 @@ def test_a_compiled_network_is_not_compiled_anew_when_alpha_changes():
     torch.testing.assert_close(compiled(x), model(x))
     compiled(x)
     assert counter.frame_count == seen
+
+
+# The weights at the start
+
+
+def homogeneous(seed: int = 0, layers: int = 3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    widths = [4, *[16] * (layers - 1), 2]
+    parts = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b, bias=False), nn.ReLU())]
+    return nn.Sequential(*parts[:-1]).double()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("factor", [0.25, 2.0])
+def test_outputs_of_a_homogeneous_network_scale_with_the_power_of_its_layers(layers, factor):
+    """Powers of two are exact."""
+    model, x = homogeneous(layers=layers), inputs()
+    expected = factor**layers * model(x)
+    OutputScaling(1.0, "none", init_scale=factor).operate(model)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_larger_weights_are_an_output_scale_in_a_homogeneous_network(factor):
+    """Weights c w with learning rate lr train as w does with lr / c^2 under the output scale c^L, to the last bit."""
+    x, y = inputs(), torch.randn(6, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    models = homogeneous(), homogeneous()
+    OutputScaling(1.0, "none", init_scale=factor).operate(models[0])
+    OutputScaling(factor**3, "none").operate(models[1])
+    outputs = [descend(m, x, y, lr, 20) for m, lr in zip(models, (2**-10, 2**-10 / factor**2), strict=True)]
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0][0], outputs[0][-1])
+
+
+def test_biases_normalisations_and_frozen_parameters_stay():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.LayerNorm([2, 4, 4]), nn.GroupNorm(1, 2), nn.RMSNorm([4, 4])
+    )
+    model.add_module("frozen", nn.Linear(3, 3).requires_grad_(False))
+    model.add_module("shared", nn.Linear(3, 3))
+    model.add_module("tied", nn.Linear(3, 3))
+    model.add_module("embedding", nn.Embedding(4, 3))
+    model.tied.weight = model.shared.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scale_weights(model, 3.0)
+    for name, value in model.state_dict().items():
+        changed = name in ("0.weight", "shared.weight", "tied.weight", "embedding.weight")
+        assert torch.equal(value, 3 * before[name] if changed else before[name]), name
+    assert model.get_parameter("2.weight").ndim == 3
+
+
+@pytest.mark.parametrize("center", ["copy", "antisymmetric"])
+def test_what_is_subtracted_has_the_multiplied_weights(center):
+    model, x = network(), inputs()
+    model[0].weight.requires_grad_(False)
+    expected = copy.deepcopy(model)
+    OutputScaling(3.0, center, init_scale=2.0).operate(model)
+    assert (model(x) == 0).all()
+    for own in (model, model.output_scaling.other):
+        assert torch.equal(own[0].weight, expected[0].weight)
+        assert torch.equal(own[2].weight, 2 * expected[2].weight)
+        assert torch.equal(own[2].bias, expected[2].bias)
+
+
+@pytest.mark.parametrize("center", CENTERS)
+def test_weights_are_multiplied_once_however_often_the_module_is_used(center):
+    class Still(Plain):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module = Still()
+    before = copy.deepcopy(module)
+    for use in ("validate", "fit", "fit"):
+        trainer = helpers.trainer([OutputScaling(1.0, center, init_scale=2.0)])
+        getattr(trainer, use)(module, helpers.loader())
+    for index in (0, 2):
+        assert torch.equal(module.net[index].weight, 2 * before.net[index].weight)
+        assert torch.equal(module.net[index].bias, before.net[index].bias)
+
+
+@pytest.mark.parametrize("center", CENTERS)
+def test_a_resume_does_not_multiply_weights_again(center, tmp_path):
+    whole, first, second = Plain(), Plain(), Plain()
+
+    def train(module: Plain, epochs: int, ckpt: Any = None) -> pl.Trainer:
+        plugin = OutputScaling(1.0, center, init_scale=2.0)
+        return fit(module, [plugin], helpers.loader(shuffle=False), epochs=epochs, ckpt=ckpt)
+
+    train(first, 1).save_checkpoint(tmp_path / "a.ckpt")
+    train(second, 3, tmp_path / "a.ckpt")
+    train(whole, 3)
+    assert torch.equal(weights(whole), weights(second))
+
+
+def test_checkpoints_of_other_initial_weights_are_refused(tmp_path):
+    fit(Plain(), [OutputScaling(init_scale=2.0)], epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(RefusedError, match="init_scale=3.*the checkpoint.*alpha=1, center='copy', init_scale=2"):
+        fit(Plain(), [OutputScaling(init_scale=3.0)], ckpt=tmp_path / "a.ckpt", epochs=2)
+    module = Plain()
+    fit(module, [OutputScaling(init_scale=2.0)], epochs=1)
+    with pytest.raises(RefusedError, match="init_scale=1.*Sequential is scaled with.*init_scale=2"):
+        helpers.trainer([OutputScaling()]).fit(module, helpers.loader())
+
+
+def test_networks_without_weights_to_multiply_are_refused():
+    with pytest.raises(RefusedError, match="init_scale=2.*Linear has none.*`module=`"):
+        OutputScaling(init_scale=2.0).operate(nn.Linear(2, 2).requires_grad_(False))
+    with torch.device("meta"):
+        later = nn.Linear(2, 2)
+    with pytest.raises(RefusedError, match="Linear has no values for them yet"):
+        OutputScaling(center="none", init_scale=2.0).operate(later)
 
 
 # Which network
@@ -369,6 +485,10 @@ def test_what_cannot_be_merged_is_refused():
         ({"alpha": 0.0}, "`alpha` of OutputScaling to be a positive number, but got 0.0"),
         ({"alpha": math.inf}, "`alpha` of OutputScaling.*inf"),
         ({"alpha": math.nan}, "`alpha` of OutputScaling.*nan"),
+        ({"init_scale": 0.0}, "`init_scale` of OutputScaling to be a positive number, but got 0.0"),
+        ({"init_scale": -1.0}, "`init_scale` of OutputScaling.*-1.0"),
+        ({"init_scale": math.inf}, "`init_scale` of OutputScaling.*inf"),
+        ({"init_scale": math.nan}, "`init_scale` of OutputScaling.*nan"),
         ({"center": "zero"}, "`center` of OutputScaling to be one of 'none', 'copy', 'antisymmetric', but got 'zero'"),
         ({"lr_correction": "adam"}, "`lr_correction` of OutputScaling"),
     ],

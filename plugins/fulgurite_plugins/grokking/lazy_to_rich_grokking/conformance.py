@@ -60,8 +60,8 @@ CASES = {
         ),
         Case(
             label="none",
-            make=lambda: OutputScaling(alpha=0.5, center="none"),
-            off=lambda: OutputScaling(alpha=1.0, center="none"),
+            make=lambda: OutputScaling(alpha=0.5, center="none", init_scale=2.0),
+            off=lambda: OutputScaling(alpha=1.0, center="none", init_scale=1.0),
         ),
     ),
     "LazyRichMonitor": Case(

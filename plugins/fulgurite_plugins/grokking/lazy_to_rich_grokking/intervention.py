@@ -41,6 +41,8 @@ class OutputScaling(Intervention):
         preserve_weight_decay: Whether the product of learning rate and weight decay stays what it was.
         module: The name of the network whose output is scaled; None for the only part of the LightningModule that has
             parameters, or its own `forward` if there are several.
+        init_scale: What the network's weights are multiplied by before training begins, positive: its trainable parameters
+            of two or more dimensions, without biases and the gains of normalisations. A larger one is lazier, too.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -56,8 +58,10 @@ class OutputScaling(Intervention):
         lr_correction: Correction = "auto",
         preserve_weight_decay: bool = True,
         module: str | None = None,
+        init_scale: float = 1.0,
     ) -> None:
-        check_argument(is_number(alpha) and alpha > 0, "alpha", "OutputScaling", "a positive number", alpha)
+        for name, scale in (("alpha", alpha), ("init_scale", init_scale)):
+            check_argument(is_number(scale) and scale > 0, name, "OutputScaling", "a positive number", scale)
         check_choice(center, get_args(Center), "center", "OutputScaling")
         check_choice(lr_correction, get_args(Correction), "lr_correction", "OutputScaling")
         self.alpha = alpha
@@ -65,12 +69,13 @@ class OutputScaling(Intervention):
         self.lr_correction = lr_correction
         self.preserve_weight_decay = preserve_weight_decay
         self.module = module
+        self.init_scale = init_scale
         self._scale: OutputScale | None = None
         refused = _REFUSED if center == "none" else {**_REFUSED, "model_parallel": _NO_COPY}
         self.capabilities = Capabilities(refused_strategies=refused, exclusive=("output scale",))
 
     def operate(self, module: nn.Module) -> None:
-        """Scale the network's output; one that is scaled in the same way already is left as it is.
+        """Scale the network's weights and its output; one that is scaled in the same way already is left as it is.
 
         It may be called without a trainer, on any module.
 
@@ -80,15 +85,16 @@ class OutputScaling(Intervention):
         network = find(module, self.module, "OutputScaling")
         found = scale_of(module)
         if found is not None:
-            self._refuse_other(float(found.alpha), found.center, f"{type(network).__name__} is scaled")
-        elif self.alpha != 1 or self.center != "none":
+            what = f"{type(network).__name__} is scaled"
+            self._refuse_other(float(found.alpha), found.center, found.init_scale, what)
+        elif self.alpha != 1 or self.center != "none" or self.init_scale != 1:
             if isinstance(network, pl.LightningModule) and lightning_adapter.strategy_name(network.trainer) != "single":
                 raise RefusedError(
                     f"OutputScaling scales what {type(network).__name__}.forward gives, because several of its parts have "
                     f"parameters, but under this strategy Lightning calls the training step through `forward` too. Put "
                     f"these parts into one module, and name it by `module=`."
                 )
-            found = scale_output(module, network, self.alpha, self.center)
+            found = scale_output(module, network, self.alpha, self.center, self.init_scale)
         self._scale = found
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,11 +136,11 @@ class OutputScaling(Intervention):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the model was scaled by."""
-        return {"version": 1, "alpha": float(self.alpha), "center": self.center}
+        return {"version": 1, "alpha": float(self.alpha), "center": self.center, "init_scale": float(self.init_scale)}
 
     def state_arguments(self) -> dict[str, Any]:
         """Return what distinguishes two of them."""
-        return {"alpha": self.alpha, "center": self.center, "network": self.module}
+        return {"alpha": self.alpha, "center": self.center, "network": self.module, "init_scale": self.init_scale}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -146,13 +152,16 @@ class OutputScaling(Intervention):
         """
         for key, state in checkpoint.get("callbacks", {}).items():
             if key.partition("{")[0] == self.state_key.partition("{")[0]:
-                self._refuse_other(state["alpha"], state["center"], "the checkpoint was written by a training")
+                what = "the checkpoint was written by a training"
+                self._refuse_other(state["alpha"], state["center"], state.get("init_scale", 1.0), what)
 
-    def _refuse_other(self, alpha: float, center: str, what: str) -> None:
-        if center != self.center or abs(alpha / self.alpha - 1) > 1e-6:
+    def _refuse_other(self, alpha: float, center: str, init_scale: float, what: str) -> None:
+        numbers = ((alpha, self.alpha), (init_scale, self.init_scale))
+        if center != self.center or any(abs(found / own - 1) > 1e-6 for found, own in numbers):
             raise RefusedError(
-                f"OutputScaling(alpha={self.alpha:g}, center={self.center!r}): {what} with alpha={alpha:g}, "
-                f"center={center!r}. Use the same values, or begin with a model of its own."
+                f"OutputScaling(alpha={self.alpha:g}, center={self.center!r}, init_scale={self.init_scale:g}): {what} with "
+                f"alpha={alpha:g}, center={center!r}, init_scale={init_scale:g}. Use the same values, or begin with a model "
+                f"of its own."
             )
 
     def _check_twin(self, optimizer: Any, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fulgurite.errors import RefusedError, nearest
@@ -20,6 +21,9 @@ Center = Literal["none", "copy", "antisymmetric"]
 
 _NAME = "output_scaling"
 """The name under which a module keeps the scale of a network in it."""
+
+_NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""Layers whose gains may have several dimensions, and are not weights."""
 
 
 class OutputScale(nn.Module):
@@ -31,12 +35,14 @@ class OutputScale(nn.Module):
         alpha: The number.
         center: What is subtracted: nothing, a frozen copy's output, or that of a twin which is trained.
         other: The copy or the twin.
+        init_scale: What the weights had been multiplied by.
     """
 
     alpha: Tensor
 
-    def __init__(self, alpha: float, center: Center, other: nn.Module | None) -> None:
+    def __init__(self, alpha: float, center: Center, other: nn.Module | None, init_scale: float = 1.0) -> None:
         super().__init__()
+        self.init_scale = init_scale
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32))
         self.center = center
         self.other = other
@@ -110,20 +116,57 @@ def scale_of(module: nn.Module) -> OutputScale | None:
     return found if isinstance(found, OutputScale) else None
 
 
-def scale_output(module: nn.Module, network: nn.Module, alpha: float, center: Center) -> OutputScale:
-    """Scale the output of a network in place.
+def scale_weights(network: nn.Module, factor: float) -> None:
+    r"""Multiply the weights of a network in place: its trainable parameters of two or more dimensions.
+
+    Biases and the parameters of normalisations stay. A network of $L$ layers that is positively homogeneous then gives
+    $c^L$ times what it gave, if its biases are zero.
+
+    Args:
+        network: The network.
+        factor: The factor $c$.
+
+    Raises:
+        RefusedError: If there are no weights to multiply, or they have no values yet.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> before = layer.weight.item(), layer.bias.item()
+        >>> scale_weights(layer, 2.0)
+        >>> layer.weight.item() / before[0], layer.bias.item() / before[1]
+        (2.0, 1.0)
+    """
+    gains = {p for part in network.modules() if isinstance(part, _NORMALISATIONS) for p in part.parameters()}
+    weights: list[Tensor] = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2 and p not in gains]
+    if not weights or any(weight.is_meta for weight in weights):
+        found = "has no values for them yet (meta device)" if weights else "has none"
+        raise RefusedError(
+            f"OutputScaling(init_scale={factor:g}) multiplies trainable parameters of two or more dimensions, but "
+            f"{type(network).__name__} {found}. Leave it at 1, or name another network by `module=`."
+        )
+    with torch.no_grad():
+        torch._foreach_mul_(weights, factor)
+
+
+def scale_output(
+    module: nn.Module, network: nn.Module, alpha: float, center: Center, init_scale: float = 1.0
+) -> OutputScale:
+    """Scale the output of a network in place, after its weights.
 
     Args:
         module: The module that shall keep the scale; `network` is a part of it, or it.
         network: The network.
         alpha: The number.
         center: See `OutputScale`.
+        init_scale: What to multiply the weights by, before any copy of them is taken.
     """
+    if init_scale != 1:
+        scale_weights(network, init_scale)
     other = None
     if center != "none":
         other = copy.deepcopy(network)
         other.requires_grad_(False) if center == "copy" else None
-    scale = OutputScale(alpha, center, other).train(network.training)
+    scale = OutputScale(alpha, center, other, init_scale).train(network.training)
     module.add_module(_NAME, scale)
     network.register_forward_hook(scale.hook, with_kwargs=True)
     return scale
