@@ -18,6 +18,7 @@ from fulgurite.curvature import (
     FiniteDifferenceHessian,
     GaussNewton,
     Hessian,
+    Operator,
     hutchinson_diagonal,
     hutchinson_frobenius,
     hutchinson_trace,
@@ -152,13 +153,27 @@ def test_an_operation_that_is_differentiable_once_is_named_with_a_way_out(kind):
     torch.testing.assert_close(difference, torch.full((3,), 2.0), rtol=1e-3, atol=1e-3)
 
 
-def test_vectors_of_another_size_are_refused():
+@pytest.mark.parametrize("kind", [Hessian, FiniteDifferenceHessian])
+def test_vectors_of_another_size_are_refused(kind):
     model = network()
-    operator = Hessian(model_loss(model, cross_entropy, BATCHES), model.parameters())
+    operator = kind(model_loss(model, cross_entropy, BATCHES), model.parameters())
     with pytest.raises(ValueError, match=r"Expected vectors of shape \[43\] or \[43, K\], but got \[42\]"):
         operator @ torch.ones(42, dtype=torch.float64)
     with pytest.raises(ValueError, match="there are none"):
-        Hessian(model_loss(model, cross_entropy, BATCHES), [])
+        kind(model_loss(model, cross_entropy, BATCHES), [])
+
+
+def test_an_operator_of_ones_own_needs_nothing_but_its_products():
+    class Scaled(Operator):
+        def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows * torch.arange(1.0, 7.0, dtype=torch.float64)
+
+    weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+    with Scaled([weight]) as operator:
+        assert (operator.shape, operator.dtype) == ((6, 6), torch.float64)
+        torch.testing.assert_close(operator @ torch.eye(6), torch.arange(1.0, 7.0, dtype=torch.float64).diag())
+        assert lanczos(operator, 6).largest()[0] == pytest.approx(6.0)
+        assert hutchinson_trace(operator, 2).value == 21.0
 
 
 # The user's own training step

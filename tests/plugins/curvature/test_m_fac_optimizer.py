@@ -321,7 +321,7 @@ def test_a_window_that_does_not_fit_is_refused_before_the_first_step(monkeypatch
     monkeypatch.setattr(preconditioner, "free_bytes", lambda device: 1000)
     weight = parameter()
     made, before = optimizer([weight]), weight.detach().clone()
-    with pytest.raises(RefusedError, match=r"4 gradients of 20 numbers needs 1,024 bytes, but 1,000 are free on cpu"):
+    with pytest.raises(RefusedError, match=r"4 gradients of 20 numbers needs 1,280 bytes, but 1,000 are free on cpu"):
         steps(made, drawn(1, D))
     assert torch.equal(weight.detach(), before)
 

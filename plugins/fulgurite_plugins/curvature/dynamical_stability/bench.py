@@ -36,6 +36,7 @@ from fulgurite_plugins.curvature.dynamical_stability.functional import max_stabl
 
 _CLASSES, _BATCH, _STEPS = 10, 128, 20
 _OURS, _LOOP = "gauss_newton_trace", "a loop over examples"
+_CURVLINOPS = "curvlinops-for-pytorch einops einconv linear_operator jaxtyping"
 _PRODUCTS = 100
 """Probes of the estimates that stand beside the exact trace; they are then a few per cent off."""
 
@@ -78,9 +79,7 @@ def _traces(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Mapping[st
         f"Hutchinson, {_PRODUCTS} products": lambda: hutchinson_trace(
             GaussNewton(source, model.parameters()), _PRODUCTS
         ),
-        f"curvlinops hutchinson_trace, {_PRODUCTS} products": peer(
-            lambda: _by_curvlinops(model, x, y), "curvlinops-for-pytorch einops einconv linear_operator jaxtyping"
-        ),
+        f"curvlinops hutchinson_trace, {_PRODUCTS} products": peer(lambda: _by_curvlinops(model, x, y), _CURVLINOPS),
     }
     return calls({**exact, **estimates})
 
@@ -127,15 +126,13 @@ def _by_backpack(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]
 
 def _by_curvlinops(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
     curvlinops = importlib.import_module("curvlinops")
+    return lambda: curvlinops.hutchinson_trace(_of_curvlinops(model, x, y), _PRODUCTS)
 
-    def trace() -> Any:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        matrix = curvlinops.GGNLinearOperator(
-            model, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False
-        )
-        return curvlinops.hutchinson_trace(matrix, _PRODUCTS)
 
-    return trace
+def _of_curvlinops(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    curvlinops = importlib.import_module("curvlinops")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return curvlinops.GGNLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)
 
 
 def _eigenvalues() -> Mapping[str, Block]:
@@ -149,9 +146,7 @@ def _eigenvalues() -> Mapping[str, Block]:
                 GaussNewton(source, model.parameters()), 20
             ).largest(),
             "power iteration, 100 products": functools.partial(_by_power, model, x, y),
-            "curvlinops and scipy's eigsh": peer(
-                lambda: _eigsh(model, x, y), "curvlinops-for-pytorch einops einconv linear_operator jaxtyping"
-            ),
+            "curvlinops and scipy's eigsh": peer(lambda: _eigsh(model, x, y), _CURVLINOPS),
         }
     )
 
@@ -165,15 +160,11 @@ def _by_power(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _eigsh(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
-    curvlinops = importlib.import_module("curvlinops")
+    importlib.import_module("curvlinops")  # missing here, rather than when it is timed
     eigsh = importlib.import_module("scipy.sparse.linalg").eigsh
 
     def largest() -> Any:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        matrix = curvlinops.GGNLinearOperator(
-            model, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False
-        )
-        return eigsh(matrix.to_scipy(), k=1, which="LA", tol=1e-4, return_eigenvectors=False)
+        return eigsh(_of_curvlinops(model, x, y).to_scipy(), k=1, which="LA", tol=1e-4, return_eigenvectors=False)
 
     return largest
 

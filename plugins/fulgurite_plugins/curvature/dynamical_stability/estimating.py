@@ -175,18 +175,8 @@ class _Rated(Operator):
     """A matrix between the roots of relative learning rates, `[P]`."""
 
     def __init__(self, matrix: Operator, roots: Tensor) -> None:
+        super().__init__(matrix.parameters)
         self.matrix, self.roots = matrix, roots
-        self.dtype, self.device = matrix.dtype, matrix.device
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(P, P)`."""
-        return self.matrix.shape
-
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Return the product with one vector `[P]` or several `[P, K]`."""
-        roots = self.roots if vectors.ndim == 1 else self.roots.unsqueeze(1)
-        return roots * (self.matrix @ (roots * vectors))
-
-    def _product(self, evaluation: Any) -> Any:
-        raise NotImplementedError
+    def _multiply(self, rows: Tensor) -> Tensor:
+        return self.roots * (self.matrix @ (self.roots * rows).mT).mT

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fulgurite.bench import Bench, Block, Case, Target, calls, device, peer
 from fulgurite_plugins.curvature.m_fac.fisher import FisherInverse
-from fulgurite_plugins.curvature.m_fac.functional import static_recursion
+from fulgurite_plugins.curvature.m_fac.functional import static_recursion, window_coefficients
 from fulgurite_plugins.curvature.m_fac.optimizer import MFAC
 
 _DAMPING = 1e-4
@@ -168,6 +168,23 @@ def _steps(size: int, rows: int) -> Mapping[str, Block]:
     )
 
 
+def _large_window(size: int, rows: int) -> Mapping[str, Block]:
+    """A full window that is loaded, since a step for each of its gradients would take minutes."""
+    gradients = _gradients(rows, size)
+    parameter = _parameter(size)
+    optimizer = MFAC([parameter], num_grads=rows, damping=_DAMPING)
+    optimizer.step()
+    state = optimizer.state_dict()
+    gram = (gradients @ gradients.T).double()
+    window = {"version": 1, "gradients": gradients, "pushed": torch.tensor([rows], device=gradients.device)}
+    state["windows"] = [{**state["windows"][0], "window": window, "gram": gram, "factor": None}]
+    optimizer.load_state_dict(state)
+    slot = torch.zeros(1, dtype=torch.int64, device=gradients.device)
+    return calls(
+        {_STEP: optimizer.step, "a factorisation alone": lambda: window_coefficients(gram, slot, _DAMPING, 1e-6)}
+    )
+
+
 _SMALLEST = "10,000 parameters, 16 gradients"
 
 
@@ -210,6 +227,12 @@ BENCH = Bench(
                 rounds=10,
             )
             for size, rows in ((10_000, 128), (270_000, 128))
+        ),
+        Case(
+            name="One step of the optimizer with a large window (10,000 parameters, 2048 gradients)",
+            blocks=functools.partial(_large_window, 10_000, 2048),
+            reference=_STEP,
+            rounds=6,
         ),
         Case(
             name="One step of the optimizer, as parameters and window grow",

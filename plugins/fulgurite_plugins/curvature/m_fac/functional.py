@@ -78,11 +78,16 @@ def window_coefficients(gram: Tensor, slot: Tensor, damping: float, rounding: fl
         damping: $\lambda$.
         rounding: The relative error of $K$, as a norm.
     """
-    diagonal = len(gram) * damping + (1 + rounding) * gram.diagonal()
-    factor, info = torch.linalg.cholesky_ex(gram.diagonal_scatter(diagonal))
-    unit = torch.zeros_like(diagonal).index_fill_(0, slot, 1.0)
+    system = damped(gram, damping, rounding)
+    factor, info = torch.linalg.cholesky_ex(system)
+    unit = torch.zeros_like(system[0]).index_fill_(0, slot, 1.0)
     solved = torch.cholesky_solve(unit.unsqueeze(1), factor).squeeze(1)
-    return len(gram) * torch.where(info == 0, solved, unit / diagonal)
+    return len(gram) * torch.where(info == 0, solved, unit / system.diagonal())
+
+
+def damped(gram: Tensor, damping: float, rounding: float = 0.0) -> Tensor:
+    r"""Return $S = m \lambda I + K$, with a part of the diagonal of $K$ `[m, m]` added to it as rounding."""
+    return gram.diagonal_scatter(len(gram) * damping + (1 + rounding) * gram.diagonal())
 
 
 def static_recursion(gradients: Tensor, damping: float) -> tuple[Tensor, Tensor]:

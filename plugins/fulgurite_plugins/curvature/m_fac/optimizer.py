@@ -25,7 +25,7 @@ class MFAC(Optimizer):
     With $F = \lambda I + \frac{1}{m} \sum_j g_j g_j^T$ over a sliding window that the newest gradient $g$ is part of,
     a step is $u = F^{-1} g$, $v \leftarrow \beta v + (1 - \beta) u$, $\theta \leftarrow \theta - \eta v$. The window
     is zero at first, with the divisor $m$ fixed, so that the first step is $u = g / (\lambda + |g|^2 / m)$. It costs
-    two passes over the window, and the factorisation of an `[m, m]` matrix.
+    two passes over the window, and the factorisation of an `[m, m]` matrix; a large window's factor is updated instead.
 
     A gradient that is not finite is not taken in, and its step changes nothing. Parameters without a gradient stay as
     they are; they count as zeros in the window.

@@ -13,7 +13,11 @@ from fulgurite.curvature.window import GradientWindow
 from fulgurite.errors import RefusedError
 from fulgurite.samples.memory import free_bytes
 from fulgurite_plugins.curvature.m_fac.columns import Columns
-from fulgurite_plugins.curvature.m_fac.functional import window_coefficients
+from fulgurite_plugins.curvature.m_fac.functional import damped, window_coefficients
+from fulgurite_plugins.curvature.m_fac.sliding import factorize, newest_column, slide_
+
+_SLIDING = 2048
+"""Gradients from which on a CPU brings the factor forward instead of factorising anew at each step, as it pays there."""
 
 
 class Preconditioner:
@@ -39,6 +43,7 @@ class Preconditioner:
         self.summed = summed
         self.window: GradientWindow | None = None
         self.gram = torch.zeros(num_grads, num_grads, dtype=torch.float64)
+        self.factor: tuple[float, Tensor] | None = None  # the damping that it was made with, and R
         self.skipped = torch.zeros(1, dtype=torch.int64)
 
     @torch.no_grad()
@@ -68,8 +73,26 @@ class Preconditioner:
         self.gram.index_copy_(0, slot, products.unsqueeze(0)).index_copy_(1, slot, products.unsqueeze(1))
         self.skipped += ~finite
         rounding = torch.finfo(window.accumulate).eps * self.num_grads**0.5  # of all products together, as a norm
-        direction = window.combination(window_coefficients(self.gram, slot, damping, rounding))
-        return direction.to(gradient), finite.to(gradient.device)
+        if self.num_grads < _SLIDING or self.gram.device.type != "cpu":
+            self.factor = None
+            coefficients = window_coefficients(self.gram, slot, damping, rounding)
+        elif finite:  # on a CPU nothing waits for it
+            coefficients = self._slide(slot, damping, rounding)
+        else:
+            coefficients = torch.zeros_like(products)
+        return window.combination(coefficients).to(gradient), finite.to(gradient.device)
+
+    def _slide(self, slot: Tensor, damping: float, rounding: float) -> Tensor:
+        """Bring the factor to the window as it is now, and return the coefficients of its newest gradient's direction."""
+        order = (slot + 1 + torch.arange(self.num_grads)) % self.num_grads
+        if self.factor is None or self.factor[0] != damping:
+            self.factor = damping, factorize(damped(self.gram[order][:, order], damping, rounding))
+        else:
+            column = self.gram[slot.squeeze(0), order]
+            column[-1] = self.num_grads * damping + (1 + rounding) * column[-1]
+            slide_(self.factor[1], column, self.num_grads * damping)
+        newest = self.num_grads * newest_column(self.factor[1])
+        return torch.zeros_like(newest).index_copy_(0, order, newest)
 
     def prepare(self, device: torch.device) -> GradientWindow:
         """Return the window, made, moved to where it belongs or grown if need be.
@@ -94,6 +117,7 @@ class Preconditioner:
         window = self.window
         kept = [segment.kept for segment in self.columns.segments]
         state: dict[str, Any] = {"kept": kept, "gram": self.gram, "skipped": self.skipped, "window": None}
+        state["factor"] = self.factor
         if window is not None:
             state["window"] = {**window.state_dict(), "gradients": self.columns.together(window.gradients)}
         return state
@@ -111,8 +135,11 @@ class Preconditioner:
             )
         for segment, kept in zip(self.columns.segments, state["kept"], strict=True):
             segment.kept = kept
-        self.window = None
+        self.window = self.factor = None
         self.gram, self.skipped = state["gram"].clone(), state["skipped"].clone()
+        if state["factor"] is not None:
+            made_with, factor = state["factor"]
+            self.factor = made_with, factor.to("cpu", copy=True)
         if state["window"] is None:
             return
         found = state["window"]["gradients"].shape[1]
@@ -125,7 +152,7 @@ class Preconditioner:
         self.prepare(device).load_state_dict({**state["window"], "gradients": own})
 
     def _check_memory(self, device: torch.device, width: int) -> None:
-        needed = self.num_grads * width * self.dtype.itemsize + 3 * 8 * self.num_grads**2
+        needed = self.num_grads * width * self.dtype.itemsize + 5 * 8 * self.num_grads**2
         free = free_bytes(device)
         if needed > free:
             raise RefusedError(
