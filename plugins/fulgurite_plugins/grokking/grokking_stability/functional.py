@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fulgurite.errors import FulguriteError, check_argument, check_choice, is_number
 from fulgurite.losses import without_autocast
+from fulgurite_plugins.grokking.grokking_stability.label_losses import label_losses
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 """The precisions in which a loss may be computed, by name."""
@@ -87,10 +88,15 @@ def stable_logits(logits: Tensor, alpha: float = 1.0, dtype: torch.dtype | None 
         >>> stable_logits(torch.tensor([0.0, torch.e - 1, 1 - torch.e]))
         tensor([ 0.,  1., -1.])
     """
+    return _SignedLog1p.apply(_multiplied(logits, alpha, dtype))
+
+
+def _multiplied(logits: Tensor, alpha: float, dtype: torch.dtype | None) -> Tensor:
+    """Return logits in the precision of the computation, multiplied."""
     check_argument(logits.is_floating_point(), "logits", "StableMax", "floating-point numbers", logits.dtype)
     check_argument(is_number(alpha) and alpha > 0, "alpha", "StableMax", "a positive number", alpha)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32) if dtype is None else dtype)
-    return _SignedLog1p.apply(logits if alpha == 1 else alpha * logits)
+    return logits if alpha == 1 else alpha * logits
 
 
 def log_stablemax(logits: Tensor, dim: int = -1, alpha: float = 1.0) -> Tensor:
@@ -180,10 +186,14 @@ def stablemax_cross_entropy(
     arguments: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if weight is not None:
         arguments["weight"] = weight.to(dtype)
+    soft = targets.is_floating_point()
+    rational = weight is None and label_smoothing == 0 and not soft and dtype in (torch.float32, torch.float64)
 
     def losses(rows: Tensor, wanted: Tensor, how: str) -> Tensor:
-        wanted = wanted.to(dtype) if wanted.is_floating_point() else wanted
-        return F.cross_entropy(stable_logits(rows, alpha, dtype), wanted, reduction=how, **arguments)
+        if rational:
+            return label_losses(_multiplied(rows, alpha, dtype), wanted, ignore_index, how)
+        return F.cross_entropy(stable_logits(rows, alpha, dtype), wanted.to(dtype) if soft else wanted, reduction=how,
+                               **arguments)  # fmt: skip
 
     with without_autocast(logits.device.type):
         if chunk_rows is None or logits.ndim == 1 or len(logits) <= chunk_rows:

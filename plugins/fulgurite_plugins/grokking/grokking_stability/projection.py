@@ -29,6 +29,8 @@ _PARALLEL = {torch.float32: 1e-6, torch.float64: 1e-12}
 _CACHED, _BUFFERED = 2**19, 2**27
 """Elements that are worked on at once: on a CPU what its cache holds, elsewhere what memory has to spare."""
 
+_IN_ORDER = 2**16
+"""Products that a CPU sums in float32, one after the other, before it sums the sums."""
 
 _Member = tuple[Tensor, Tensor, int, int]
 """Weights, gradient, whether its rows are units, copies."""
@@ -127,6 +129,8 @@ class _Part:
         are summed in their own precision (`summed=None`), which is quicker: what that misses the second round corrects.
         """
         if not any(self.rows):
+            if summed is None and tensors[0].device.type == "cpu" and max(t.numel() for t in tensors) > _IN_ORDER:
+                return _dots(tensors, tensors)
             return torch.stack(torch._foreach_norm(tensors, dtype=summed)).double().square()
         norms = [
             torch.linalg.vector_norm(t, dim=list(range(row, t.ndim)) or None, dtype=summed).view(-1)
@@ -142,7 +146,7 @@ class _Part:
             dots = [torch.linalg.vecdot(w.flatten(row), g.flatten(row)).view(-1) for (w, g), row in by_row]
             return torch.cat(dots).double()
         if self.weights[0].device.type == "cpu":
-            return torch.stack([w.dot(g) for w, g in pairs]).double()
+            return _dots(self.weights, self.gradients)
         return summed_products(self.weights, self.gradients)
 
     def over_ranks(self, sums: Tensor) -> Tensor:
@@ -177,6 +181,16 @@ class _Part:
         sizes = [len(g) if row else 1 for g, row in zip(self.gradients, self.rows, strict=True)]
         pieces = zip(factors.split(sizes), self.gradients, self.rows, strict=True)
         return [piece.view(-1, *[1] * (g.ndim - 1)) if row else piece[0] for piece, g, row in pieces]
+
+
+def _dots(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Return the inner products of vectors on a CPU, pair by pair `[n]`, in float64."""
+    pairs = zip(left, right, strict=True)
+    return torch.stack([a.dot(b) if a.numel() <= _IN_ORDER else _long_dot(a, b) for a, b in pairs]).double()
+
+
+def _long_dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.stack([a.dot(b) for a, b in zip(left.split(_IN_ORDER), right.split(_IN_ORDER), strict=True)]).sum()
 
 
 def summed_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
