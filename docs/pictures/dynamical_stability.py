@@ -35,7 +35,11 @@ for (left, right), (setting, title) in zip(rows, SETTINGS.items(), strict=True):
     left.text(lr[-1], 2.0, "limit of SGD", fontsize=8, ha="right", va="bottom")
     left.set(title=title, xlabel="learning rate", ylabel="learning rate times trace", xscale="log")
     right.set(xlabel="learning rate", ylabel="test error", xscale="log", ylim=(0, None))
+    rates = sorted({rate for method in COLOURS for rate, _, _ in points[setting, method]})
     for axes in (left, right):
         dress(axes)
+        axes.title.set_fontsize(10)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.set_xticks([], minor=True)
         axes.legend(frameon=False, fontsize=8.5)
 Path(sys.argv[2]).write_bytes(png(figure, 130))
