@@ -60,7 +60,7 @@ CASES = {
         ),
         Case(
             label="none",
-            make=lambda: OutputScaling(alpha=0.5, center="none", init_scale=2.0),
+            make=lambda: OutputScaling(alpha=0.5, center="none", init_scale=0.5),
             off=lambda: OutputScaling(alpha=1.0, center="none", init_scale=1.0),
         ),
     ),
