@@ -129,6 +129,24 @@ def test_losses_and_gradients_of_well_fitted_examples_keep_their_digits(dtype, t
         assert gradient == pytest.approx([float(v) for v in expected], rel=tolerance, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype", "least", "most"),
+    [
+        (1e4, torch.float32, 0.1, 1.0),
+        (1e6, torch.float32, 1.0, 1.0),
+        (1e4, torch.float64, 1e-11, 1e-8),
+        (1e6, torch.float64, 1e-7, 1e-3),
+    ],
+)
+def test_a_softmax_of_signed_logarithms_loses_the_digits_that_the_card_says(size, dtype, least, most):
+    z = torch.full((1, 9), -size, dtype=dtype)
+    z[0, 0] = size
+    others = 8 / Fraction(int(size) + 1)
+    exact = math.log1p(others / (int(size) + 1))
+    error = abs(float(composed(z, torch.tensor([0]))) / exact - 1)
+    assert least <= error <= most
+
+
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3), (5, 4, 2, 3), (4,), (5, 1)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_second_derivatives_of_the_loss(shape, reduction):
